@@ -1,0 +1,93 @@
+"""Facts: what passes learn about a site. Frozen, typed, held beside the graph.
+
+`lowra.compiler.rotation.Rotation` is a fact too. Letters: n output features, k input features,
+r rank, b bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowra.compiler.storage import PackedWeight
+
+if TYPE_CHECKING:
+    from lowra.compiler.spill import StoredTensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of a site's input x [k]: gram = mean of x x' over calibration tokens.
+
+    `gram` is float32 [k, k] in original input coordinates, kept on disk; None means data-free
+    (the identity is used). Sites that share an input share the gram.
+    """
+
+    gram: StoredTensor | None
+    tokens: int = 0
+
+    def load(self, k: int) -> Tensor:
+        """float32 [k, k]."""
+        return torch.eye(k) if self.gram is None else self.gram.load()
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Levels, scales and expected loss of every row at every candidate width.
+
+    levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; ascending.
+    scales[b]: float32 [n, groups] or None where the levels carry the scale.
+    loss: float64 [n, len(widths)], expected share of the site's output energy that is lost.
+    """
+
+    widths: tuple[int, ...]
+    levels: Mapping[int, Tensor]
+    scales: Mapping[int, Tensor] | None
+    loss: Tensor
+    group: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Width of each row: uint8 [n]."""
+
+    row_widths: Tensor
+
+    def histogram(self) -> dict[int, int]:
+        """Rows per width."""
+        widths, counts = self.row_widths.unique(return_counts=True)
+        return {int(w): int(c) for w, c in zip(widths, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The stored weight and its relative output error tr(E G E') / tr(W G W')."""
+
+    weight: PackedWeight
+    error: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA factors in original input coordinates: A [r, k], B [n, r]; y += scaling * B A x.
+
+    `error` is the relative output error of base plus adapter.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    error: float
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+
+Fact = object
+"""Any of the classes above, or Rotation; a site holds at most one of each."""

@@ -1,0 +1,143 @@
+"""The `lowra::` dialect: schema, shape rule and gradient of each op.
+
+The plain-torch meaning lives in `lowra.backends.reference`; other backends register kernels for
+the same names. Every op takes the packed arguments of `PackedWeight.op_args`:
+
+    codes int32, codebooks float16, scales float16 or None, order int32 [n] (original index of each
+    stored row), panels [width, rows, ...], k, group, and the input rotation's seed and block.
+
+    dequantize             -> W [n, k]
+    dequantize_backward    dL/dW [n, k] -> dL/dcodebooks, dL/dscales
+    quantized_linear       x [..., k] -> x W' + bias
+    quantized_linear_lora  x [..., k] -> x W' + bias + scaling * (x A') B',  A [r, k], B [n, r]
+"""
+
+# mypy-style annotations cannot describe a torch.library context: `ctx` stays untyped on purpose.
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKED = (
+    "Tensor codes, Tensor codebooks, Tensor? scales, Tensor order, "
+    "int[] panels, int k, int group, int seed, int block"
+)
+PACKED_COUNT = 9
+LIBRARY = torch.library.Library("lowra", "DEF")
+LIBRARY.define(f"dequantize({PACKED}, ScalarType dtype) -> Tensor")
+LIBRARY.define(f"dequantize_backward(Tensor grad, {PACKED}) -> (Tensor, Tensor)")
+LIBRARY.define(f"quantized_linear(Tensor x, {PACKED}, Tensor? bias) -> Tensor")
+LIBRARY.define(
+    f"quantized_linear_lora(Tensor x, {PACKED}, Tensor? bias, "
+    "Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
+)
+
+LINEAR_OPS = ("quantized_linear", "quantized_linear_lora")
+
+
+@torch.library.register_fake("lowra::dequantize")
+def _(codes, codebooks, scales, order, panels, k, group, seed, block, dtype):  # type: ignore[no-untyped-def]
+    return codebooks.new_empty((order.shape[0], k), dtype=dtype)
+
+
+@torch.library.register_fake("lowra::dequantize_backward")
+def _(grad, codes, codebooks, scales, *rest):  # type: ignore[no-untyped-def]
+    grad_scales = codebooks.new_empty((0,)) if scales is None else torch.empty_like(scales)
+    return torch.empty_like(codebooks), grad_scales
+
+
+@torch.library.register_fake("lowra::quantized_linear")
+def _(x, codes, codebooks, scales, order, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], order.shape[0]))
+
+
+@torch.library.register_fake("lowra::quantized_linear_lora")
+def _(x, codes, codebooks, scales, order, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], order.shape[0]))
+
+
+def _save(ctx: Any, packed: tuple[Any, ...], *extra: Tensor | None) -> None:
+    ctx.save_for_backward(*packed[:4], *extra)
+    ctx.layout = packed[4:]
+
+
+def _packed(ctx: Any) -> tuple[Any, ...]:
+    return (*ctx.saved_tensors[:4], *ctx.layout)
+
+
+def _table_grads(
+    grad_weight: Tensor, packed: tuple[Any, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of codebooks and scales, where `needs` (of codes, codebooks, scales) asks."""
+    if not (needs[1] or needs[2]):
+        return None, None
+    tables, scales = torch.ops.lowra.dequantize_backward(grad_weight, *packed)
+    return (tables if needs[1] else None), (scales if needs[2] else None)
+
+
+def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs[:PACKED_COUNT])
+
+
+def _dequantize_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tables, scales = _table_grads(grad, _packed(ctx), ctx.needs_input_grad[:3])
+    return (None, tables, scales, *[None] * 7)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    needs_x = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    _save(ctx, inputs[1 : 1 + PACKED_COUNT], inputs[0] if needs_x else None)
+
+
+def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed, needs = _packed(ctx), ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_x = _input_grad(grad, packed) if needs[0] else None
+    tables, scales = None, None
+    if needs[2] or needs[3]:
+        x = ctx.saved_tensors[4]
+        tables, scales = _table_grads(rows.T @ x.reshape(-1, x.shape[-1]), packed, needs[1:4])
+    grad_bias = rows.sum(0) if needs[10] else None
+    return (grad_x, None, tables, scales, *[None] * 6, grad_bias)
+
+
+def _input_grad(grad: Tensor, packed: tuple[Any, ...]) -> Tensor:
+    """grad W, with W dequantised for this product and dropped again."""
+    return grad @ torch.ops.lowra.dequantize(*packed, grad.dtype)
+
+
+def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, (lora_a, lora_b, scaling) = inputs[0], inputs[11:]
+    _save(ctx, inputs[1 : 1 + PACKED_COUNT], x, lora_a, lora_b)
+    ctx.scaling = scaling
+
+
+def _lora_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed, needs = _packed(ctx), ctx.needs_input_grad
+    x, lora_a, lora_b = ctx.saved_tensors[4:]
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_h = (rows @ lora_b.to(rows.dtype)) * ctx.scaling
+    grad_x = None
+    if needs[0]:
+        grad_x = _input_grad(grad, packed) + (grad_h @ lora_a.to(rows.dtype)).view(x.shape)
+    tables, scales = None, None
+    if needs[2] or needs[3]:
+        tables, scales = _table_grads(rows.T @ inputs, packed, needs[1:4])
+    grad_bias = rows.sum(0) if needs[10] else None
+    grad_a = (grad_h.T @ inputs).to(lora_a.dtype) if needs[11] else None
+    hidden = inputs @ lora_a.to(inputs.dtype).T
+    grad_b = ((rows.T @ hidden) * ctx.scaling).to(lora_b.dtype) if needs[12] else None
+    return (grad_x, None, tables, scales, *[None] * 6, grad_bias, grad_a, grad_b, None)
+
+
+torch.library.register_autograd(
+    "lowra::dequantize", _dequantize_grad, setup_context=_dequantize_setup
+)
+torch.library.register_autograd(
+    "lowra::quantized_linear", _linear_grad, setup_context=_linear_setup
+)
+torch.library.register_autograd(
+    "lowra::quantized_linear_lora", _lora_grad, setup_context=_lora_setup
+)

@@ -1,0 +1,26 @@
+"""One pass per file; PASSES is the whole list, by name."""
+
+from __future__ import annotations
+
+from lowra.compiler.pipeline import Pass
+from lowra.passes.assign_precision import AssignPrecision
+from lowra.passes.collect_statistics import CollectStatistics
+from lowra.passes.fit_codebooks import FitCodebooks
+from lowra.passes.initialize_adapters import InitializeAdapters
+from lowra.passes.normalize_linears import NormalizeLinears
+from lowra.passes.quantize_weights import QuantizeWeights
+from lowra.passes.rewrite_linears import RewriteLinears
+from lowra.passes.rotate_inputs import RotateInputs
+
+PASSES: tuple[type[Pass], ...] = (
+    NormalizeLinears,
+    RotateInputs,
+    CollectStatistics,
+    FitCodebooks,
+    AssignPrecision,
+    QuantizeWeights,
+    InitializeAdapters,
+    RewriteLinears,
+)
+
+__all__ = ["PASSES", *(kind.__name__ for kind in PASSES)]

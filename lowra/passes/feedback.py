@@ -1,0 +1,110 @@
+"""Error feedback (GPTQ, arXiv 2210.17323) with a codebook of its own for every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowra.compiler.errors import CalibrationError
+from lowra.compiler.storage import NO_SCALES, ROW_SCALES
+
+DAMPING = 0.01
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper Cholesky factor U of the inverse Gram matrix (float32 [k, k]) in column order `order`.
+
+    Columns go from the largest input energy to the smallest. 1 / U_ii^2 is the variance of input i
+    given the inputs after it: the weight that a rounding error of column i has once later columns
+    have compensated for it.
+    """
+
+    order: Tensor
+    upper: Tensor
+
+    def conditional_variance(self) -> Tensor:
+        """float32 [k] in original column order."""
+        result = torch.empty_like(self.upper[0])
+        result[self.order] = self.upper.diagonal() ** -2
+        return result
+
+
+def factorize(gram: Tensor, damping: float = DAMPING) -> Factor:
+    """Factor of `gram` [k, k] with `damping` times its mean diagonal added.
+
+    Singular matrices are damped harder, tenfold at a time. Raises CalibrationError when the matrix
+    holds NaN, or no damping helps.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} holds NaN or infinity")
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    h = gram[order][:, order].double()
+    mean = float(h.diagonal().mean()) or 1.0
+    eye = torch.eye(h.shape[0], dtype=h.dtype)
+    for attempt in range(6):
+        lower, failed = torch.linalg.cholesky_ex(h + eye * (mean * damping * 10**attempt))
+        if int(failed) == 0:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(failed) == 0:
+                return Factor(order, upper.float())
+    raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} is not positive definite")
+
+
+def thresholds_of(tables: Tensor) -> Tensor:
+    """Midpoints [n, L - 1] of ascending tables [n, L]; +inf stays +inf."""
+    return (tables[:, 1:] + tables[:, :-1]) / 2
+
+
+def scale_index(k: int, group: int) -> Tensor:
+    """int64 [k]: which scale of its row a column uses."""
+    return torch.arange(k) // (k if group in (NO_SCALES, ROW_SCALES) else group)
+
+
+def nearest_codes(weight: Tensor, tables: Tensor, scales: Tensor | None, group: int) -> Tensor:
+    """Codes int64 [n, k] of the nearest level, each weight on its own."""
+    if scales is not None:
+        weight = weight / _safe(scales)[:, scale_index(weight.shape[1], group)]
+    return torch.searchsorted(thresholds_of(tables).contiguous(), weight.contiguous())
+
+
+def feedback_codes(
+    weight: Tensor, factor: Factor, tables: Tensor, scales: Tensor | None, group: int
+) -> Tensor:
+    """Codes int64 [n, k], columns in turn, each error spread over the columns still to come.
+
+    weight float32 [n, k]; tables float32 [n, L] ascending, narrower rows filled with +inf;
+    scales float32 [n, groups] or None.
+    """
+    n, k = weight.shape
+    order, upper = factor.order, factor.upper
+    w = weight[:, order].T.contiguous()
+    columns = scale_index(k, group)[order]
+    factors = torch.ones(1, n) if scales is None else _safe(scales).T.contiguous()
+    columns = torch.zeros(k, dtype=torch.int64) if scales is None else columns
+    thresholds = thresholds_of(tables).contiguous()
+    finite = torch.where(torch.isinf(tables), torch.zeros(()), tables)
+    codes = torch.empty(k, n, dtype=torch.int64)
+    for start in range(0, k, BLOCK):
+        end = min(start + BLOCK, k)
+        errors = torch.empty(end - start, n)
+        for i in range(start, end):
+            scale = factors[columns[i]]
+            code = torch.searchsorted(thresholds, (w[i] / scale).unsqueeze(1))
+            level = finite.gather(1, code).squeeze(1) * scale
+            error = (w[i] - level) / upper[i, i]
+            w[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+            codes[i], errors[i - start] = code.squeeze(1), error
+        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    result = torch.empty(n, k, dtype=torch.int64)
+    result[:, order] = codes.T
+    return result
+
+
+def _safe(scales: Tensor) -> Tensor:
+    """Scales with zeros replaced by ones, to divide by; a zero scale stores zeros anyway."""
+    return torch.where(scales == 0, torch.ones(()), scales)

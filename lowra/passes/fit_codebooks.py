@@ -1,0 +1,166 @@
+"""fit-codebooks: levels, scales and expected loss of every row at every candidate width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowra.compiler.errors import WeightError
+from lowra.compiler.facts import Codebooks, Statistics
+from lowra.compiler.pipeline import Pass
+from lowra.compiler.program import Program, Site
+from lowra.compiler.progress import stage
+from lowra.compiler.rotation import Rotation, rotate, rotate_gram
+from lowra.compiler.storage import NO_SCALES, ROW_SCALES
+from lowra.passes.feedback import factorize, scale_index
+from lowra.passes.lloyd import Fit, SortedRows, fit_rows, fit_shared, gaussian_levels, normal_float
+
+
+@dataclass(frozen=True)
+class FitCodebooks(Pass):
+    """Fit codebooks by weighted Lloyd for each of `widths`.
+
+    group: 0 puts the scale into a codebook per row, -1 is one scale per row, else columns per
+    scale. shared: the rows of a site share one codebook per width (needs scales).
+    rule "default": Lloyd to convergence, each column weighted by its conditional input variance
+    (what a rounding error costs under error feedback), codebooks and group scales refit in turn.
+    rule "paper": LowRA (ICML 2025, section 5): absmax scales, start at NormalFloat, weight absmax,
+    2 iterations, blind to inputs.
+    `loss` is the expected squared output error as a share of the site's output energy ("paper":
+    plain squared weight error, as its section 6 counts).
+    """
+
+    name: ClassVar[str] = "fit-codebooks"
+    reads: ClassVar = (Rotation, Statistics)
+    writes: ClassVar = (Codebooks,)
+    widths: tuple[int, ...] = (1, 2, 3, 4)
+    group: int = ROW_SCALES
+    shared: bool = True
+    rule: str = "default"
+
+    def run(self, program: Program) -> Program:
+        facts: dict[str, list[object]] = {}
+        with stage("codebooks", len(program.sites)) as bar:
+            for site in program.sites:
+                facts[site.name] = [self._fit(program, site)]
+                bar.advance()
+        return program.with_facts(facts)
+
+    def _fit(self, program: Program, site: Site) -> Codebooks:
+        rotation = program.fact(site.name, Rotation)
+        weight = rotate(program.weight(site), rotation)
+        if self.rule == "paper":
+            return self._paper(weight)
+        gram = rotate_gram(program.fact(site.name, Statistics).load(site.k), rotation)
+        variance = factorize(gram).conditional_variance()
+        energy = float(((weight @ gram) * weight).sum()) or 1.0
+        levels: dict[int, Tensor] = {}
+        scales: dict[int, Tensor] = {}
+        losses: list[Tensor] = []
+        start = self._first_scales(weight)
+        rows = SortedRows(*_normalized(weight, variance, start, self.group))
+        for width in self.widths:
+            fit, scale = self._fit_width(rows, weight, variance, start, width)
+            levels[width] = _half(fit.levels, site)
+            scales[width] = _half(scale, site)
+            losses.append(fit.loss / energy)
+        return Codebooks(
+            self.widths, levels, None if self.group == NO_SCALES else scales,
+            torch.stack(losses, dim=1), self.group, self.shared,
+        )  # fmt: skip
+
+    def _first_scales(self, weight: Tensor) -> Tensor:
+        """float32 [n, groups]: root mean square of the group; ones where nothing is scaled."""
+        if self.group in (NO_SCALES, ROW_SCALES):
+            return torch.ones(weight.shape[0], 1)
+        index = scale_index(weight.shape[1], self.group)
+        count = torch.bincount(index).float()
+        square = torch.zeros(weight.shape[0], len(count)).index_add_(1, index, weight**2)
+        return (square / count).sqrt().clamp_min(1e-12)
+
+    def _fit_width(
+        self, rows: SortedRows, weight: Tensor, variance: Tensor, scales: Tensor, width: int
+    ) -> tuple[Fit, Tensor]:
+        fit = self._lloyd(rows, width)
+        if self.group in (NO_SCALES, ROW_SCALES):
+            return fit, fit.scale.float().unsqueeze(1)
+        scales = scales * fit.scale.float().unsqueeze(1)
+        return self._refit_groups(weight, variance, fit, scales)
+
+    def _lloyd(self, rows: SortedRows, width: int) -> Fit:
+        start = gaussian_levels(width)
+        if self.shared:
+            return fit_shared(rows, start)
+        mass = rows.mass[:, -1:].clamp_min(1e-300)
+        spread = (rows.energy.unsqueeze(1) / mass).sqrt()
+        return fit_rows(rows, start * spread)
+
+    def _refit_groups(
+        self, weight: Tensor, variance: Tensor, fit: Fit, scales: Tensor
+    ) -> tuple[Fit, Tensor]:
+        """Alternate group scales (closed form) and codebooks twice; keep only what lowers loss."""
+        best = fit, scales
+        index = scale_index(weight.shape[1], self.group)
+        for _ in range(2):
+            levels = best[0].levels.float().expand(weight.shape[0], -1)
+            middle = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+            normal = weight / best[1][:, index]
+            value = levels.gather(1, torch.searchsorted(middle, normal))
+            above = torch.zeros_like(scales).index_add_(1, index, variance * weight * value)
+            below = torch.zeros_like(scales).index_add_(1, index, variance * value**2)
+            new = torch.where(below > 0, above / below.clamp_min(1e-30), best[1]).clamp_min(1e-12)
+            rows = SortedRows(*_normalized(weight, variance, new, self.group))
+            start = best[0].levels.expand(weight.shape[0], -1)
+            fit = fit_shared(rows, best[0].levels) if self.shared else fit_rows(rows, start)
+            if float(fit.loss.sum()) >= float(best[0].loss.sum()):
+                break
+            best = fit, new * fit.scale.float().unsqueeze(1)
+        return best
+
+    def _paper(self, weight: Tensor) -> Codebooks:
+        index = scale_index(weight.shape[1], self.group)
+        groups = int(index[-1]) + 1
+        scales = torch.zeros(weight.shape[0], groups).scatter_reduce_(
+            1, index.expand_as(weight), weight.abs(), "amax"
+        )
+        safe = torch.where(scales == 0, 1.0, scales)
+        absmax = safe[:, index]
+        rows = SortedRows(weight / absmax, absmax)
+        levels: dict[int, Tensor] = {}
+        losses: list[Tensor] = []
+        for width in self.widths:
+            start = normal_float(width).expand(weight.shape[0], -1)
+            fit = fit_rows(rows, start, iterations=2, tolerance=0.0)
+            levels[width] = fit.levels.half().float()
+            table = levels[width]
+            middle = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
+            value = table.gather(1, torch.searchsorted(middle, (weight / absmax).contiguous())) * absmax
+            losses.append(((weight - value).double() ** 2).mean(1))
+        stored = dict.fromkeys(self.widths, scales.half().float())
+        return Codebooks(
+            self.widths, levels, stored, torch.stack(losses, dim=1), self.group, False
+        )
+
+
+def _normalized(
+    weight: Tensor, variance: Tensor, scales: Tensor, group: int
+) -> tuple[Tensor, Tensor]:
+    """Values w / s, and their weights variance * s^2, so that losses are those of w."""
+    if group in (NO_SCALES, ROW_SCALES):
+        return weight, variance.unsqueeze(0)
+    expanded = scales[:, scale_index(weight.shape[1], group)]
+    return weight / expanded, variance * expanded**2
+
+
+def _half(values: Tensor, site: Site) -> Tensor:
+    """Rounded to what float16 stores, as float32. Raises WeightError beyond its range."""
+    rounded = values.to(torch.float16).float()
+    if not bool(torch.isfinite(rounded).all()):
+        raise WeightError(
+            f"{site.name}: a codebook value of {float(values.abs().max()):.3g} exceeds float16; "
+            "leave this weight out with ignore="
+        )
+    return rounded

@@ -1,0 +1,129 @@
+"""initialize-adapters: LoRA factors from what quantization lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
+from lowra.compiler.pipeline import Pass
+from lowra.compiler.program import Program, Site
+from lowra.compiler.progress import stage
+from lowra.compiler.rotation import Rotation, rotate
+from lowra.compiler.storage import PackedWeight
+from lowra.passes.feedback import DAMPING
+from lowra.passes.quantizer import output_error, quantize
+
+
+@dataclass(frozen=True)
+class InitializeAdapters(Pass):
+    """Choose A [r, k], B [n, r] so that scaling * B A stands for the error E = W - W^.
+
+    rule "closed-form": the rank-r minimum of E|(E - BA) x|^2, from the singular vectors of E L
+    with Gram = L L' (QERA, arXiv 2410.06040; CLoQ, arXiv 2501.18475).
+    rule "loftq": LoftQ (arXiv 2310.08659): `iterations` times, SVD_r of W - Q, then Q requantized
+    from W - BA by rounding; the packed weights change with it.
+    rule "zero": B = 0 and A Gaussian, as plain LoRA starts.
+    """
+
+    name: ClassVar[str] = "initialize-adapters"
+    reads: ClassVar = (Rotation, Statistics, Codebooks, Precision, Packed)
+    writes: ClassVar = (Adapter, Packed)
+    rank: int = 16
+    alpha: float = 16.0
+    rule: str = "closed-form"
+    iterations: int = 5
+    seed: int = 0
+
+    def run(self, program: Program) -> Program:
+        facts: dict[str, list[object]] = {}
+        with stage("adapters", len(program.sites)) as bar:
+            for position, site in enumerate(program.sites):
+                facts[site.name] = self._site(program, site, position)
+                bar.advance()
+        return program.with_facts(facts)
+
+    def _site(self, program: Program, site: Site, position: int) -> list[object]:
+        rank = min(self.rank, site.n, site.k)
+        scaling = self.alpha / self.rank
+        weight = program.weight(site)
+        gram = program.fact(site.name, Statistics).load(site.k)
+        packed = program.fact(site.name, Packed)
+        base = packed.weight
+        energy = output_error(weight, gram) or 1.0
+        if self.rule == "loftq":
+            base, b, a = self._loftq(program, site, weight, base, rank)
+        elif self.rule == "zero":
+            b, a = _zero_start(site, rank, self.seed + position)
+        else:
+            b, a = closed_form(weight - base.dequantize(), gram, rank)
+        residual = weight - base.dequantize()
+        root = scaling**0.5
+        adapter = Adapter(
+            a / root, b / root, scaling, output_error(residual - b @ a, gram) / energy
+        )
+        return [adapter, Packed(base, output_error(residual, gram) / energy)]
+
+    def _loftq(
+        self, program: Program, site: Site, weight: Tensor, base: PackedWeight, rank: int
+    ) -> tuple[PackedWeight, Tensor, Tensor]:
+        rotation = program.fact(site.name, Rotation)
+        books = program.fact(site.name, Codebooks)
+        widths = program.fact(site.name, Precision).row_widths
+        identity = torch.eye(site.k)
+        b, a = closed_form(weight - base.dequantize(), identity, rank)
+        for _ in range(self.iterations - 1):
+            target = rotate(weight - b @ a, rotation)
+            base = quantize(target, None, None, _rescaled(books, target), widths, rotation)
+            b, a = closed_form(weight - base.dequantize(), identity, rank)
+        return base, b, a
+
+
+def closed_form(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B [n, r], A [r, k] float32 minimising tr((E - BA) G (E - BA)') for E [n, k].
+
+    With M = E L, G = L L', M = U S V': B = U_r sqrt(S_r), A = sqrt(S_r) V_r' L^-1. The singular
+    vectors come from the symmetric eigenproblem of the smaller side, in float64.
+    """
+    n, k = error.shape
+    e = error.double()
+    g = gram.double()
+    mean = float(g.diagonal().mean()) or 1.0
+    lower = torch.linalg.cholesky(g + torch.eye(k, dtype=g.dtype) * (DAMPING * mean))
+    m = e @ lower
+    if n <= k:
+        u = torch.linalg.eigh(m @ m.T)[1][:, -rank:].flip(1)
+        coefficients = u.T @ e
+        sizes = (u.T @ m).norm(dim=1)
+    else:
+        v = torch.linalg.eigh(m.T @ m)[1][:, -rank:].flip(1)
+        image = m @ v
+        sizes = image.norm(dim=0)
+        u = image / sizes.clamp_min(1e-30)
+        right = torch.linalg.solve_triangular(lower, v.T.contiguous(), upper=False, left=False)
+        coefficients = sizes[:, None] * right
+    root = sizes.clamp_min(1e-30).sqrt()
+    live = (sizes > 1e-12 * sizes.max().clamp_min(1e-300)).double()
+    return (u * (root * live)).float(), (coefficients / root[:, None] * live[:, None]).float()
+
+
+def _rescaled(books: Codebooks, weight: Tensor) -> Codebooks:
+    """The same codebooks with absmax scales of `weight`, where scales are per group of columns."""
+    if books.scales is None or books.group <= 0:
+        return books
+    n, k = weight.shape
+    index = torch.arange(k) // books.group
+    absmax = torch.zeros(n, int(index[-1]) + 1).scatter_reduce_(
+        1, index.expand(n, k), weight.abs(), "amax"
+    )
+    scales = dict.fromkeys(books.widths, absmax.half().float())
+    return Codebooks(books.widths, books.levels, scales, books.loss, books.group, books.shared)
+
+
+def _zero_start(site: Site, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, site.k, generator=generator) / site.k**0.5
+    return torch.zeros(site.n, rank), a

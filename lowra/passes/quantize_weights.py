@@ -1,0 +1,61 @@
+"""quantize-weights: codes under the chosen widths, packed as they will be stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lowra.compiler.facts import Codebooks, Packed, Precision, Statistics
+from lowra.compiler.pipeline import Pass
+from lowra.compiler.program import Program, Site
+from lowra.compiler.progress import stage
+from lowra.compiler.rotation import Rotation, rotate, rotate_gram
+from lowra.compiler.storage import PackedWeight, from_tensors
+from lowra.passes.feedback import factorize
+from lowra.passes.quantizer import output_error, quantize
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantize and pack every site.
+
+    feedback: GPTQ error feedback (arXiv 2210.17323) with each row's own codebook, then a closed
+    form refit of row scales; off, plain rounding to the nearest level. Finished sites are kept in
+    the program's spill folder, so an interrupted compile resumes.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    reads: ClassVar = (Rotation, Statistics, Codebooks, Precision)
+    writes: ClassVar = (Packed,)
+    feedback: bool = True
+
+    def run(self, program: Program) -> Program:
+        facts: dict[str, list[object]] = {}
+        with stage("quantize", len(program.sites)) as bar:
+            for site in program.sites:
+                facts[site.name] = [self._quantize(program, site)]
+                bar.advance()
+        return program.with_facts(facts)
+
+    def _quantize(self, program: Program, site: Site) -> Packed:
+        rotation = program.fact(site.name, Rotation)
+        statistics = program.fact(site.name, Statistics)
+        source = "" if statistics.gram is None else statistics.gram.path.name
+        key = (str(self), program.fingerprint, source, *program.history, site.name)
+        stored = program.spill.tensors(key, lambda: self._make(program, site).tensors())
+        group = program.fact(site.name, Codebooks).group
+        packed = from_tensors(stored, site.n, site.k, group, rotation)
+        gram = statistics.load(site.k)
+        weight = program.weight(site)
+        energy = output_error(weight, gram) or 1.0
+        return Packed(packed, output_error(weight - packed.dequantize(), gram) / energy)
+
+    def _make(self, program: Program, site: Site) -> PackedWeight:
+        rotation = program.fact(site.name, Rotation)
+        books = program.fact(site.name, Codebooks)
+        precision = program.fact(site.name, Precision)
+        weight = rotate(program.weight(site), rotation)
+        if not self.feedback:
+            return quantize(weight, None, None, books, precision.row_widths, rotation)
+        gram = rotate_gram(program.fact(site.name, Statistics).load(site.k), rotation)
+        return quantize(weight, gram, factorize(gram), books, precision.row_widths, rotation)

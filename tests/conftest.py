@@ -1,0 +1,37 @@
+"""What every test gets: no network, a fixed seed, golden texts."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+
+from tests.golden_text import FLAG, GoldenFile, GoldenPlugin
+
+GOLDEN = pytest.StashKey[GoldenPlugin]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(FLAG, action="store_true", help="rewrite the golden files of the tests run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[GOLDEN] = GoldenPlugin(config)
+    config.pluginmanager.register(config.stash[GOLDEN], "golden")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> GoldenFile:
+    """`golden.check(text)` compares with the file of this test; see `tests/golden_text.py`."""
+    return request.config.stash[GOLDEN].file(request.node.nodeid)
