@@ -78,12 +78,13 @@ def capture(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = None
         graph, names, warning = _try_export(model, inputs)
     if graph is None:
         log.warning("captured from the module tree, without a graph: %s", warning)
-    aliases = _aliases(model)
+    aliases = tied_names(model)
     if graph is not None:
         tensors = _canonical_constants(graph, tensors, aliases)
     return Program(
         graph=graph, inputs=names, tensors=tensors, weights=weights,
         source=model if graph is None else None, fingerprint=fingerprint, warning=warning,
+        example=() if inputs is None else tuple(_values(inputs)),
     )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def _try_export(
     model: nn.Module, inputs: Inputs | tuple[Tensor, ...]
 ) -> tuple[fx.Graph | None, tuple[str, ...], str]:
     positional = not isinstance(inputs, Mapping)
-    tensors = tuple(inputs) if positional else tuple(inputs.values())
+    tensors = tuple(_values(inputs))
     names = tuple(f"input_{i}" for i in range(len(tensors))) if positional else tuple(inputs)
     try:
         return _export(FirstTensor(model, names, positional), tensors, names), names, ""
@@ -102,8 +103,12 @@ def _try_export(
         return None, names, reason
 
 
+def _values(inputs: Inputs | tuple[Tensor, ...]) -> Iterator[Tensor]:
+    yield from inputs.values() if isinstance(inputs, Mapping) else inputs
+
+
 def _export(wrapper: FirstTensor, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> fx.Graph:
-    dynamic = tuple(_dynamic_axes(tensor) for tensor in inputs)
+    dynamic = tuple(dynamic_axes(tensor) for tensor in inputs)
     with _ready_to_trace(wrapper.wrapped):
         exported = torch.export.export(
             wrapper, inputs, dynamic_shapes={"inputs": dynamic}, strict=False
@@ -114,6 +119,9 @@ def _export(wrapper: FirstTensor, inputs: tuple[Tensor, ...], names: tuple[str, 
     while isinstance(output, (tuple, list)):
         output = output[0]
     graph.output(output)
+    for node in reversed(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
     constants = {node.target for node in graph.nodes if node.op == "get_attr"}
     graph._lowra_constants = {name: _attribute(module, cast("str", name)) for name in constants}  # pyright: ignore
     for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
@@ -121,7 +129,8 @@ def _export(wrapper: FirstTensor, inputs: tuple[Tensor, ...], names: tuple[str, 
     return graph
 
 
-def _dynamic_axes(tensor: Tensor) -> dict[int, Any]:
+def dynamic_axes(tensor: Tensor) -> dict[int, Any]:
+    """Axes that may change from call to call: two of token inputs, leading ones of others."""
     count = tensor.dim() if not tensor.is_floating_point() else tensor.dim() - 1
     return {axis: torch.export.Dim.AUTO for axis in range(min(count, 2))}
 
@@ -173,7 +182,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> its first name."""
     first: dict[int, str] = {}
     names: dict[str, str] = {}

@@ -38,6 +38,7 @@ class Weight:
 class Site:
     """One weight [n, k] with every linear node that uses it; named after its first module.
 
+    `dtype` is the dense weight's, in which the layer computes.
     `transposed`: the model stores the weight as [k, n] (Conv1D). `nodes` is empty in a program
     without dataflow. `embeddings` are the embedding modules tied to the weight.
     """
@@ -47,6 +48,7 @@ class Site:
     n: int
     k: int
     transposed: bool
+    dtype: torch.dtype
     modules: tuple[str, ...]
     nodes: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
@@ -70,6 +72,7 @@ class Program:
     """What the compiler works on.
 
     `graph` takes `inputs` in order and returns one tensor; its get_attr nodes name `tensors`.
+    `example` are inputs it can be traced with.
     It is None for a program captured from the module tree, which then runs `source` itself.
     Nothing in a program is ever written to: passes copy what they change and share the rest.
     """
@@ -82,8 +85,9 @@ class Program:
     sites: tuple[Site, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     facts: Mapping[str, Mapping[type, Fact]] = field(default_factory=dict[str, Mapping[type, Fact]])
+    example: tuple[Tensor, ...] = ()
     calibration: tuple[tuple[Tensor, ...], ...] = ()
-    spill: Spill = field(default_factory=Spill)
+    spill: Spill = field(default_factory=Spill.closed)
     fingerprint: str = ""
     history: tuple[str, ...] = ()
     warning: str = ""
@@ -125,6 +129,7 @@ class Program:
         """The dense weight [n, k] of a site as float32."""
         stored = self.tensors[site.weight].detach()
         return (stored.T if site.transposed else stored).to(torch.float32)
+
 
 
 def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -37,7 +37,7 @@ _RECORDERS: ContextVar[tuple[dict[str, float], ...]] = ContextVar("lowra_recorde
 
 
 @contextmanager
-def stage(title: str, total: int | None = None) -> Iterator[Stage]:
+def stage(title: str, total: int | None = None) -> Generator[Stage, None, None]:
     """Run the block as a stage called `title`; `total` is its number of units, None if unknown.
 
     Yields a `Stage`, whose `advance(n=1)` counts finished units. The wall time in seconds is added
@@ -58,7 +58,7 @@ def stage(title: str, total: int | None = None) -> Iterator[Stage]:
 
 
 @contextmanager
-def record_stages() -> Iterator[dict[str, float]]:
+def record_stages() -> Generator[dict[str, float], None, None]:
     """Collect the wall time of the stages run inside: yields {title: seconds}, summed by title.
 
     Nested recorders all count. A stage inside a stage counts for both titles.
@@ -72,7 +72,7 @@ def record_stages() -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def show_progress() -> Iterator[None]:
+def show_progress() -> Generator[None, None, None]:
     """Show the stages run inside as bars on stderr, if that is a terminal; else stay silent."""
     if _REPORTER.get() is not None or not sys.stderr.isatty():
         yield
@@ -104,7 +104,7 @@ class _ShownStage:
 
 
 @contextmanager
-def _shown(reporter: _Reporter, title: str, total: int | None) -> Iterator[Stage]:
+def _shown(reporter: _Reporter, title: str, total: int | None) -> Generator[Stage, None, None]:
     task = reporter.begin(title, total)
     try:
         yield _ShownStage(reporter, task)

@@ -54,12 +54,22 @@ class Spill:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._temporary = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lowra-")
             folder = Path(self._temporary.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot use {folder} for work files: {error.strerror}") from error
         self.folder = folder
+
+    @classmethod
+    def closed(cls) -> Spill:
+        """A spill without a folder, for a program that is done compiling."""
+        spill = cls.__new__(cls)
+        spill._temporary, spill.folder = None, Path(os.devnull)
+        return spill
 
     def path(self, *key: str) -> Path:
         """The file of a key; every part of the key enters the name through a hash."""

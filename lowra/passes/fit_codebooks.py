@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,8 +15,12 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate, rotate_gram
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
-from lowra.passes.feedback import factorize, scale_index
+from lowra.passes.feedback import Factor, factorize, feedback_codes, scale_index
 from lowra.passes.lloyd import Fit, SortedRows, fit_rows, fit_shared, gaussian_levels, normal_float
+from lowra.passes.quantizer import output_error, row_tables
+
+SAMPLED_ROWS = 48
+"""Rows per site whose error feedback is measured to correct the expected loss."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class FitCodebooks(Pass):
         if self.rule == "paper":
             return self._paper(weight)
         gram = rotate_gram(program.fact(site.name, Statistics).load(site.k), rotation)
-        variance = factorize(gram).conditional_variance()
-        energy = float(((weight @ gram) * weight).sum()) or 1.0
+        factor = factorize(gram)
+        variance = factor.conditional_variance()
+        energy = output_error(weight, gram) or 1.0
         levels: dict[int, Tensor] = {}
         scales: dict[int, Tensor] = {}
         losses: list[Tensor] = []
@@ -67,10 +72,12 @@ class FitCodebooks(Pass):
             levels[width] = _half(fit.levels, site)
             scales[width] = _half(scale, site)
             losses.append(fit.loss / energy)
-        return Codebooks(
+        books = Codebooks(
             self.widths, levels, None if self.group == NO_SCALES else scales,
             torch.stack(losses, dim=1), self.group, self.shared,
         )  # fmt: skip
+        ratio = _measured_over_expected(weight, gram, factor, books, energy)
+        return replace(books, loss=books.loss * ratio)
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """float32 [n, groups]: root mean square of the group; ones where nothing is scaled."""
@@ -143,6 +150,39 @@ class FitCodebooks(Pass):
         return Codebooks(
             self.widths, levels, stored, torch.stack(losses, dim=1), self.group, False
         )
+
+
+def _measured_over_expected(
+    weight: Tensor, gram: Tensor, factor: Factor, books: Codebooks, energy: float
+) -> Tensor:
+    """Per width, the output error of a sample of rows after error feedback over the expected one.
+
+    Feedback pushes weights outwards, which costs little at 4 bits and twice the expected loss at
+    1 bit. The sampled rows run once for all widths, in one sweep over the columns.
+    """
+    n, count = weight.shape[0], len(books.widths)
+    rows = torch.linspace(0, n - 1, min(n, SAMPLED_ROWS)).round().long().unique()
+    widths = torch.tensor(books.widths, dtype=torch.uint8).repeat_interleave(len(rows))
+    every = _select(books, rows.repeat(count))
+    target = weight[rows].repeat(count, 1)
+    tables, scales = row_tables(every, widths)
+    codes = feedback_codes(target, factor, tables, scales, books.group)
+    value = tables.gather(1, codes)
+    if scales is not None:
+        value = value * scales[:, scale_index(weight.shape[1], books.group)]
+    error = target - value
+    measured = ((error @ gram) * error).sum(1).view(count, -1).sum(1).double() / energy
+    expected = books.loss[rows].sum(0)
+    return torch.where(expected > 0, measured / expected.clamp_min(1e-300), 1.0)
+
+
+def _select(books: Codebooks, rows: Tensor) -> Codebooks:
+    """The codebooks of some rows."""
+    levels = books.levels
+    if not books.shared:
+        levels = {b: table[rows] for b, table in books.levels.items()}
+    scales = None if books.scales is None else {b: s[rows] for b, s in books.scales.items()}
+    return replace(books, levels=levels, scales=scales, loss=books.loss[rows])
 
 
 def _normalized(

@@ -73,14 +73,14 @@ def fit_rows(rows: SortedRows, start: Tensor, iterations: int = 60, tolerance: f
         levels = torch.where(mass > 0, moment / mass.clamp_min(1e-300), levels)
         loss = rows.loss(levels, mass, moment)
         total = float(loss.sum())
-        if before - total <= tolerance * before:
+        if total >= before * (1 - tolerance):
             break
         before = total
     return Fit(levels, ones, loss)
 
 
 def fit_shared(
-    rows: SortedRows, start: Tensor, iterations: int = 60, tolerance: float = 1e-5
+    rows: SortedRows, start: Tensor, iterations: int = 60, tolerance: float = 1e-4
 ) -> Fit:
     """One codebook [L] for all rows and a scale per row, refit in turn, each in closed form.
 
@@ -100,7 +100,7 @@ def fit_shared(
         )
         loss = rows.loss(scale[:, None] * levels, mass, moment)
         total = float(loss.sum())
-        if before - total <= tolerance * before:
+        if total >= before * (1 - tolerance):
             break
         before = total
     return Fit(levels, scale, loss)

@@ -47,7 +47,7 @@ class NormalizeLinears(Pass):
             if reason:
                 skipped.append(Skipped(weight.name, weight.shape, reason))
             else:
-                sites.append(_site(weight, uses))
+                sites.append(_site(program, weight, uses))
         if not sites:
             raise CaptureError(_nothing_left(skipped))
         for site in sites:
@@ -90,11 +90,12 @@ def _refusal(
     return ""
 
 
-def _site(weight: Weight, uses: dict[str, list[fx.Node]]) -> Site:
+def _site(program: Program, weight: Weight, uses: dict[str, list[fx.Node]]) -> Site:
     transposed = bool(weight.modules("conv1d"))
     n, k = reversed(weight.shape) if transposed else weight.shape
     return Site(
         name=site_name(weight), weight=weight.name, n=n, k=k, transposed=transposed,
+        dtype=program.tensors[weight.name].dtype,
         modules=weight.modules("linear", "conv1d"), embeddings=weight.modules("embedding"),
         nodes=tuple(node.name for node in uses.get(weight.name, [])),
     )  # fmt: skip
@@ -182,6 +183,7 @@ def _as_linear(
     weight: fx.Node = mapping[form.weight]
     if form.stored == "kn":
         weight = graph.call_function(aten.t.default, (weight,))
+        weight.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
     args: tuple[Any, ...] = (mapping[form.x], weight)
     if form.bias is not None:
         args = (*args, mapping[form.bias])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowra.compiler.capture import fingerprint_of
 from lowra.compiler.facts import Codebooks, Packed, Precision, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
@@ -41,7 +42,7 @@ class QuantizeWeights(Pass):
         rotation = program.fact(site.name, Rotation)
         statistics = program.fact(site.name, Statistics)
         source = "" if statistics.gram is None else statistics.gram.path.name
-        key = (str(self), program.fingerprint, source, *program.history, site.name)
+        key = (str(self), program.fingerprint, source, _digest(program, site), site.name)
         stored = program.spill.tensors(key, lambda: self._make(program, site).tensors())
         group = program.fact(site.name, Codebooks).group
         packed = from_tensors(stored, site.n, site.k, group, rotation)
@@ -59,3 +60,13 @@ class QuantizeWeights(Pass):
             return quantize(weight, None, None, books, precision.row_widths, rotation)
         gram = rotate_gram(program.fact(site.name, Statistics).load(site.k), rotation)
         return quantize(weight, gram, factorize(gram), books, precision.row_widths, rotation)
+
+
+def _digest(program: Program, site: Site) -> str:
+    """A hash of everything decided for a site: rotation, codebooks, widths."""
+    books = program.fact(site.name, Codebooks)
+    decided = {f"levels.{b}": table for b, table in books.levels.items()}
+    decided |= {f"scales.{b}": table for b, table in (books.scales or {}).items()}
+    decided["widths"] = program.fact(site.name, Precision).row_widths
+    rotation = program.fact(site.name, Rotation)
+    return f"{rotation} {books.group} {fingerprint_of(decided)}"

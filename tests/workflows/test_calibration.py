@@ -162,7 +162,7 @@ def test_generated_windows_start_with_bos_and_differ():
     assert ids.dtype == torch.int64
     assert (ids[:, 0] == 1).all()
     assert ids[:, 1].unique().numel() > 8
-    assert 0 <= int(ids.min()) and int(ids.max()) < VOCAB
+    assert set(ids.unique().tolist()) <= set(range(VOCAB))
 
 
 def test_a_model_without_bos_and_eos_starts_anywhere():
@@ -181,7 +181,6 @@ def test_sampling_follows_the_distribution_of_the_model():
     model = tiny_llama(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        model.lm_head.weight[50:] = 0.0
     ids = generate_calibration(model, tokens=20_000, context=50, seed=0, batch=400)
     counts = torch.bincount(ids[:, 2:].flatten(), minlength=VOCAB).double()
     expected = counts.sum() / VOCAB

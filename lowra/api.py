@@ -1,0 +1,182 @@
+"""compile, plan, save, load, export: the only file that sees every room."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowra.compiler.capture import capture
+from lowra.compiler.errors import CalibrationError, RecipeError
+from lowra.compiler.pipeline import run_pipeline
+from lowra.compiler.program import Program
+from lowra.compiler.progress import record_stages, stage
+from lowra.compiler.spill import Spill
+from lowra.passes import NormalizeLinears
+from lowra.recipe import Recipe
+from lowra.runtime.checkpoint import load_checkpoint, save_checkpoint
+from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
+from lowra.runtime.export import export_program
+from lowra.runtime.module_view import build_module_view
+from lowra.workflows.calibration import as_token_batches, generate_calibration
+from lowra.workflows.models import vocabulary_size
+from lowra.workflows.planning import Plan, check_budget, make_plan
+from lowra.workflows.report import make_report
+
+M = TypeVar("M", bound=nn.Module)
+BATCH_TOKENS = 4096
+log = logging.getLogger("lowra")
+
+
+def compile(  # noqa: A001 - the verb users know from torch.compile
+    model: M,
+    recipe: Recipe | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    work_dir: str | Path | None = None,
+    **options: Any,
+) -> M:
+    """Compress a model's linears and return a model of the same class; `model` is left as it was.
+
+    Parameters: `recipe`, or its fields as keywords (`bit_budget=1.5`); `calibration`, texts, a
+    .txt path or token ids int64 [windows, length] (for a model that takes no tokens: tuples of its
+    input tensors), by default text that the model writes itself, seeded, or none where it cannot;
+    `tokenizer` for texts; `example` inputs to trace a plain module with; `work_dir` keeps
+    statistics and finished layers, so that a second compile, or one after a crash, reuses them.
+
+    Raises RecipeError, BudgetError, PatternError, WeightError, CalibrationError, CaptureError,
+    OutputError: all before or instead of a result, none with anything half done.
+    """
+    recipe = _recipe(recipe, options)
+    if compiled(model) is not None:
+        raise RecipeError("this model is compiled already; compile the dense model instead")
+    begun = time.perf_counter()
+    with record_stages() as stages, torch.no_grad():
+        program = _captured(model, recipe, example)
+        check_budget(program, recipe)
+        with stage("calibration", None):
+            program = _calibrated(program, model, recipe, calibration, tokenizer)
+        program = replace(program, spill=Spill(None if work_dir is None else Path(work_dir)))
+        program = run_pipeline(program, recipe.passes()[1:])
+        view = build_module_view(model, program)
+    report = make_report(program, stages, time.perf_counter() - begun)
+    # The statistics are not needed any more: a temporary spill folder goes with this object.
+    program = replace(program, calibration=(), spill=Spill.closed(), source=None)
+    plan_data = make_plan(program, recipe).to_dict()
+    info = Compiled(
+        program.sites, program.fingerprint, recipe.to_dict(), plan_data, report, program
+    )
+    setattr(view, ATTRIBUTE, info)
+    return view
+
+
+def plan(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    **options: Any,
+) -> Plan:
+    """What compiling would do: sites, what is skipped and why, the reachable interval, sizes.
+
+    Touches nothing and reads no calibration data. Raises as `compile` does for a bad recipe.
+    """
+    recipe = _recipe(recipe, options)
+    with torch.no_grad():
+        program = _captured(model, recipe, example)
+    check_budget(program, recipe)
+    return make_plan(program, recipe)
+
+
+def save(
+    model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write a compiled model as a checkpoint folder (docs/storage-format.md); see `load`."""
+    return save_checkpoint(model, path, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compiled model in a checkpoint folder; `model` is a dense skeleton for plain modules."""
+    return load_checkpoint(path, model)
+
+
+def export(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the compressed graph as a .pt2 archive of torch.export, which runs without us."""
+    return export_program(model, path, overwrite=overwrite)
+
+
+def _recipe(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
+    if recipe is None:
+        return Recipe.from_dict(options)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe is a {type(recipe).__name__}; pass lowra.Recipe(...)")
+    if options:
+        return Recipe.from_dict(recipe.to_dict() | dict(options))
+    return recipe
+
+
+def _captured(
+    model: nn.Module, recipe: Recipe, example: Mapping[str, Tensor] | tuple[Tensor, ...] | None
+) -> Program:
+    with stage("capture", None):
+        program = capture(model, example)
+    normalize = recipe.passes()[0]
+    assert isinstance(normalize, NormalizeLinears)
+    return run_pipeline(program, [normalize])
+
+
+def _calibrated(
+    program: Program, model: nn.Module, recipe: Recipe, calibration: Any, tokenizer: Any
+) -> Program:
+    """The program with its calibration batches; without any where it runs data-free."""
+    if recipe.data_free:
+        return program
+    if "input_ids" not in program.inputs:
+        return replace(program, calibration=_plain_batches(program, calibration))
+    if calibration is None:
+        try:
+            ids = generate_calibration(
+                model, tokens=recipe.calibration_tokens, context=recipe.context, seed=recipe.seed
+            )
+        except CalibrationError as error:
+            log.warning("compiling data-free: %s", error)
+            return program
+    else:
+        ids = as_token_batches(
+            calibration, tokenizer, vocabulary_size(model) or 0,
+            tokens=recipe.calibration_tokens, context=recipe.context,
+        )  # fmt: skip
+    batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    return replace(program, calibration=tuple(_token_batch(program, batch) for batch in batches))
+
+
+def _token_batch(program: Program, ids: Tensor) -> tuple[Tensor, ...]:
+    values = {"attention_mask": torch.ones_like(ids)}
+    return tuple(values.get(name, ids) for name in program.inputs)
+
+
+def _plain_batches(program: Program, calibration: Any) -> tuple[tuple[Tensor, ...], ...]:
+    """Calibration of a model without token inputs: tuples of input tensors, or bare tensors."""
+    if calibration is None:
+        return (program.example,) if program.example else ()
+    items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    batches = [(item,) if isinstance(item, Tensor) else tuple(item) for item in items]
+    if not batches:
+        raise CalibrationError("calibration is empty; give at least one batch of input tensors")
+    for batch in batches:
+        if not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in batch):
+            raise CalibrationError("each calibration batch must be non-empty tensors, in order")
+        if program.inputs and len(batch) != len(program.inputs):
+            raise CalibrationError(
+                f"a calibration batch has {len(batch)} tensors; the model takes "
+                f"{len(program.inputs)}: {', '.join(program.inputs)}"
+            )
+    return tuple(batches)

@@ -1,0 +1,86 @@
+"""Program facts -> the user's own model class with quantized layers; tensors are shared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lowra.compiler.facts import Adapter, Packed
+from lowra.compiler.program import Program, Site
+from lowra.compiler.storage import PackedWeight
+from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear
+
+AdapterFactors = tuple[Tensor, Tensor, float]
+
+
+def build_module_view(model: nn.Module, program: Program) -> nn.Module:
+    """A model of the same class with every compressed site in place; `model` stays as it was.
+
+    Tensors that are not compressed are shared with `model`. Only LoRA factors require grad.
+    """
+    view = shallow_copy(model)
+    for site in program.sites:
+        packed = program.fact(site.name, Packed).weight
+        adapter = program.find(site.name, Adapter)
+        factors = None if adapter is None else (adapter.lora_a, adapter.lora_b, adapter.scaling)
+        place(view, site, packed, factors, site.dtype)
+    return view
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares all tensors; its parameters are frozen."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
+
+
+def place(
+    model: nn.Module, site: Site, packed: PackedWeight, factors: AdapterFactors | None,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Put quantized layers in place of the modules of a site (and of embeddings tied to it)."""
+    first: QuantizedLinear | None = None
+    for name in site.modules:
+        old = model.get_submodule(name)
+        bias = cast("nn.Parameter | None", getattr(old, "bias", None))
+        new = QuantizedLinear(packed, bias, dtype, factors)
+        if first is not None:
+            new.lora_A, new.lora_B = first.lora_A, first.lora_B
+        first = new
+        new.train(old.training)
+        _replace(model, name, new)
+    for name in site.embeddings:
+        old = cast("nn.Embedding", model.get_submodule(name))
+        _replace(model, name, QuantizedEmbedding(packed, dtype, old).train(old.training))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Every quantized linear of a compiled model, by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the block with every adapter switched off: the base alone."""
+    layers = quantized_linears(model).values()
+    before: Mapping[QuantizedLinear, bool] = {m: m.adapter_enabled for m in layers}
+    try:
+        for layer in before:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.adapter_enabled = enabled

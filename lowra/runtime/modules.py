@@ -1,0 +1,132 @@
+"""The module view: quantized layers that stand where the model had dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowra.compiler.storage import PackedWeight, panels_of, row_order, unpack_nibbles
+
+
+class QuantizedModule(nn.Module):
+    """Holds one packed weight [n, k] as buffers, in their storage dtypes whatever `.to` is asked.
+
+    Buffers `codes`, `codebooks`, `scales` and `row_widths` are the stored tensors; the row order is
+    derived from the widths and not stored. Only the compute dtype follows `.to(dtype)`.
+    """
+
+    KEEP_DTYPE = ("codebooks", "scales")
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.n, self.k = weight.n, weight.k
+        self.group, self.rotation = weight.group, weight.rotation
+        self.panels = weight.panels
+        for role, tensor in weight.tensors().items():
+            self.register_buffer(role, tensor)
+        if weight.scales is None:
+            self.register_buffer("scales", None)
+        self.register_buffer("order", weight.order, persistent=False)
+        self.register_buffer("compute", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_load_state_dict_post_hook(_refresh)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype in which the layer takes and gives activations."""
+        return self.compute.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [n, k], dequantized anew on every access."""
+        return torch.ops.lowra.dequantize(*self.packed(), self.dtype)
+
+    def packed(self) -> tuple[Any, ...]:
+        """The packed arguments of the `lowra::` ops."""
+        flat = [value for panel in self.panels for value in panel]
+        return (
+            self.codes, self.codebooks, self.scales, self.order,
+            flat, self.k, self.group, self.rotation.seed, self.rotation.block,
+        )  # fmt: skip
+
+    def stored(self) -> PackedWeight:
+        """The packed weight this layer holds; shares its tensors."""
+        widths = unpack_nibbles(self.row_widths, self.n)
+        return PackedWeight(
+            self.n, self.k, widths, self.codes, self.codebooks, self.scales,
+            self.group, self.rotation,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: getattr(self, name) for name in self.KEEP_DTYPE}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old is not None and new.dtype != old.dtype:
+                setattr(self, name, old.to(device=new.device))
+        return self
+
+
+def _refresh(module: nn.Module, _incompatible: Any) -> None:
+    """Derive panels and row order again after row widths were loaded."""
+    assert isinstance(module, QuantizedModule)
+    widths = unpack_nibbles(module.row_widths, module.n)
+    module.panels = panels_of(widths)
+    module.order = row_order(widths)
+
+
+class QuantizedLinear(QuantizedModule):
+    """A linear layer on a packed weight, with optional LoRA: y = x W' + bias + scaling B A x.
+
+    `lora_A` [r, k] and `lora_B` [n, r] are the only parameters that require grad.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype,
+        adapter: tuple[Tensor, Tensor, float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, dtype)
+        self.in_features, self.out_features = weight.k, weight.n
+        self.bias = bias
+        self.adapter_enabled = True
+        self.scaling = 0.0
+        self.lora_A = self.lora_B = None
+        if adapter is not None:
+            a, b, self.scaling = adapter
+            self.lora_A = nn.Parameter(a.to(dtype).contiguous())
+            self.lora_B = nn.Parameter(b.to(dtype).contiguous())
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.lora_A is None or not self.adapter_enabled:
+            return torch.ops.lowra.quantized_linear(x, *self.packed(), self.bias)
+        return torch.ops.lowra.quantized_linear_lora(
+            x, *self.packed(), self.bias, self.lora_A, self.lora_B, self.scaling
+        )
+
+    def extra_repr(self) -> str:
+        bits = self.stored().stored_bits() / (self.n * self.k)
+        return f"in_features={self.k}, out_features={self.n}, bits={bits:.3f}, rank={self.rank}"
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """An embedding on a packed weight, for one that is tied to a compressed output head."""
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, source: nn.Embedding) -> None:
+        super().__init__(weight, dtype)
+        self.num_embeddings, self.embedding_dim = weight.n, weight.k
+        self.padding_idx = source.padding_idx
+        # Some models multiply what their embedding returns (BART, Gemma).
+        self.embed_scale = getattr(source, "embed_scale", None)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = functional.embedding(ids, self.weight)
+        return rows if self.embed_scale is None else rows * self.embed_scale

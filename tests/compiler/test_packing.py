@@ -1,0 +1,87 @@
+"""Codes survive packing bit for bit, and lie where the storage format says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowra.compiler.packing import WIDTHS, pack_rows, padded_columns, row_words, unpack_rows
+
+
+def drawn_codes(rows: int, k: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 1 << width, (rows, k), generator=generator)
+
+
+def words_by_definition(row: list[int], bits: int) -> list[int]:
+    """The words of one row from the definition alone, as unsigned Python integers."""
+    row = row + [0] * (-len(row) % 32)
+    words = []
+    for k0 in range(0, len(row), 256):
+        tile = row[k0 : k0 + 256]
+        count = len(tile) * bits // 32
+        for v in range(count):
+            words.append(sum(tile[f * count + v] << (f * bits) for f in range(32 // bits)))
+    return words
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(WIDTHS), st.integers(1, 9), st.integers(1, 600), st.integers(0, 99))
+def test_unpacking_gives_back_every_code(width: int, rows: int, k: int, seed: int) -> None:
+    codes = drawn_codes(rows, k, width, seed)
+    words = pack_rows(codes, width)
+    assert words.dtype == torch.int32 and words.dim() == 1
+    assert words.numel() == rows * row_words(k, width)
+    assert torch.equal(unpack_rows(words, rows, k, width), codes.int())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 255, 256, 257, 512, 576, 600])
+def test_unpacking_gives_back_extreme_codes_at_borders_of_words_and_tiles(
+    width: int, k: int
+) -> None:
+    top = (1 << width) - 1
+    codes = torch.stack((torch.full((k,), top), torch.zeros(k).long(), torch.arange(k) & top))
+    assert torch.equal(unpack_rows(pack_rows(codes, width), 3, k, width), codes.int())
+
+
+def test_word_worked_out_by_hand() -> None:
+    """Codes 0 1 2 3 0 1 ..: word 0 takes the even columns 0 2 0 2, word 1 the odd ones 1 3 1 3."""
+    words = pack_rows((torch.arange(32) % 4).view(1, 32), 2)
+    assert [word & 0xFFFFFFFF for word in words.tolist()] == [0x88888888, 0xDDDDDDDD]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("k", [5, 64, 256, 300, 576])
+def test_field_f_of_word_v_holds_column_k0_plus_f_times_words_plus_v(width: int, k: int) -> None:
+    codes = drawn_codes(2, k, width)
+    expected = [word for row in codes.tolist() for word in words_by_definition(row, width)]
+    assert [word & 0xFFFFFFFF for word in pack_rows(codes, width).tolist()] == expected
+
+
+def test_three_bits_are_a_plane_of_two_and_a_plane_of_one() -> None:
+    codes = drawn_codes(5, 333, 3)
+    planes = torch.cat((pack_rows(codes & 3, 2), pack_rows(codes >> 2, 1)))
+    assert torch.equal(pack_rows(codes, 3), planes)
+
+
+@pytest.mark.parametrize(
+    ("k", "columns"), [(1, 32), (32, 32), (33, 64), (256, 256), (576, 576), (577, 608)]
+)
+def test_a_row_is_padded_to_a_multiple_of_32(k: int, columns: int) -> None:
+    assert padded_columns(k) == columns
+    assert [row_words(k, width) for width in WIDTHS] == [columns * w // 32 for w in WIDTHS]
+
+
+def test_padding_is_zero() -> None:
+    ones = pack_rows(torch.ones(1, 40, dtype=torch.int64), 1)
+    assert sum((word & 0xFFFFFFFF).bit_count() for word in ones.tolist()) == 40
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_codes_of_any_integer_type_pack_alike(dtype: torch.dtype) -> None:
+    codes = drawn_codes(3, 70, 8)
+    assert torch.equal(pack_rows(codes.to(dtype), 8), pack_rows(codes, 8))
+    assert torch.equal(codes, drawn_codes(3, 70, 8)), "packing wrote into its input"
