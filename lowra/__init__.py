@@ -1,15 +1,15 @@
 """lowra: a compiler that makes language models small enough to fine-tune and serve anywhere."""
 
-__version__ = "0.1.0"
-
-from lowra.backends import reference as _reference  # registers the plain-torch kernels
+import lowra.backends.reference  # noqa: F401 - registers the plain-torch kernels
 from lowra.compiler.errors import LowraError
+from lowra.version import __version__
 
 __all__ = [
     "LowraError",
     "Plan",
     "Recipe",
     "Session",
+    "__version__",
     "compile",
     "export",
     "load",

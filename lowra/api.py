@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ BATCH_TOKENS = 4096
 log = logging.getLogger("lowra")
 
 
-def compile(  # noqa: A001 - the verb users know from torch.compile
+def compile(
     model: M,
     recipe: Recipe | None = None,
     *,
@@ -75,7 +75,7 @@ def compile(  # noqa: A001 - the verb users know from torch.compile
         program.sites, program.fingerprint, recipe.to_dict(), plan_data, report, program
     )
     setattr(view, ATTRIBUTE, info)
-    return view
+    return cast("M", view)
 
 
 def plan(

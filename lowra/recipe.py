@@ -16,6 +16,7 @@ from lowra.passes import (
     CollectStatistics,
     FitCodebooks,
     InitializeAdapters,
+    MeasureSensitivity,
     NormalizeLinears,
     QuantizeWeights,
     RewriteLinears,
@@ -63,8 +64,8 @@ class Recipe:
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     pins: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
-    calibration_tokens: int = 32768
-    context: int = 512
+    calibration_tokens: int = 16384
+    context: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,13 +78,20 @@ class Recipe:
             _check_whole(name, getattr(self, name), 0 if name in ("rank", "seed") else 1)
         for name in ("include", "ignore"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        self._check_widths()
+        self._check_layout()
+
+    def _check_widths(self) -> None:
         for width in (*(self.widths or ()), *self.pins.values()):
             if width not in WIDTHS:
                 raise RecipeError(f"width {width!r} is not one of {', '.join(map(str, WIDTHS))}")
-        if self.widths is not None:
-            object.__setattr__(self, "widths", tuple(sorted(set(self.widths))))
-            if not self.widths:
-                raise RecipeError("widths is empty; name at least one")
+        if self.widths is None:
+            return
+        object.__setattr__(self, "widths", tuple(sorted(set(self.widths))))
+        if not self.widths:
+            raise RecipeError("widths is empty; name at least one")
+
+    def _check_layout(self) -> None:
         if self.group is not None and (self.group < -1 or not isinstance(self.group, int)):
             raise RecipeError(f"group={self.group!r} must be -1 (per row), 0 (none) or positive")
         if self.shared_codebooks and self.group == 0:
@@ -156,15 +164,14 @@ class Recipe:
             NormalizeLinears(include=self.include, ignore=self.ignore),
             RotateInputs(seed=self.seed, enabled=rotation),
             CollectStatistics(),
+            *(() if self.is_paper else (MeasureSensitivity(),)),
             FitCodebooks(widths=self.candidate_widths, group=group, shared=shared, rule=rule),
             self.assignment(),
             QuantizeWeights(feedback=not self.is_paper),
         ]
         if self.rank:
             alpha = float(self.rank if self.alpha is None else self.alpha)
-            steps.append(
-                InitializeAdapters(rank=self.rank, alpha=alpha, rule=init, seed=self.seed)
-            )
+            steps.append(InitializeAdapters(rank=self.rank, alpha=alpha, rule=init, seed=self.seed))
         return (*steps, RewriteLinears())
 
     def assignment(self) -> AssignPrecision:

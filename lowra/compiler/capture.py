@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -98,7 +98,7 @@ def _try_export(
         return _export(FirstTensor(model, names, positional), tensors, names), names, ""
     except CaptureError:
         raise
-    except Exception as error:  # noqa: BLE001 - torch.export raises anything
+    except Exception as error:  # torch.export raises anything
         reason = f"torch.export failed with {type(error).__name__}: {error}".splitlines()[0]
         return None, names, reason
 
@@ -113,7 +113,7 @@ def _export(wrapper: FirstTensor, inputs: tuple[Tensor, ...], names: tuple[str, 
         exported = torch.export.export(
             wrapper, inputs, dynamic_shapes={"inputs": dynamic}, strict=False
         )
-    module = cast("fx.GraphModule", exported.module(check_guards=False))
+    module = exported.module(check_guards=False)
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, {})
     while isinstance(output, (tuple, list)):
@@ -136,7 +136,7 @@ def dynamic_axes(tensor: Tensor) -> dict[int, Any]:
 
 
 @contextmanager
-def _ready_to_trace(model: nn.Module) -> Iterator[None]:
+def _ready_to_trace(model: nn.Module) -> Generator[None, None, None]:
     """Evaluation mode, no gradients, no KV cache; all put back afterwards."""
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
@@ -230,5 +230,5 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # pyright: ignore
     return digest.hexdigest()

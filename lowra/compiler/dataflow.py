@@ -11,42 +11,26 @@ from torch import fx
 from lowra.compiler.program import Program, Site
 
 
-def dataflow(graph: fx.Graph) -> nx.DiGraph:
+def dataflow(graph: fx.Graph) -> nx.DiGraph[str]:
     """A directed graph of node names in topological order; edges run from value to use."""
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[str] = nx.DiGraph()
     for position, node in enumerate(graph.nodes):
         flow.add_node(node.name, position=position, op=node.op)
         flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
     return flow
 
 
-def input_of(program: Program, site: Site) -> str:
-    """Name of the value that a site's first linear node reads; the site's own without dataflow."""
-    if program.graph is None:
-        return site.name
-    nodes = {node.name: node for node in program.graph.nodes}
-    return cast("fx.Node", nodes[site.nodes[0]].args[0]).name
-
-
 def siblings(program: Program) -> list[tuple[Site, ...]]:
     """Sites grouped by the input they share (q/k/v, gate/up), in graph order."""
     groups: dict[str, list[Site]] = {}
-    names = _first_inputs(program)
+    nodes = {} if program.graph is None else {node.name: node for node in program.graph.nodes}
     for site in program.sites:
-        groups.setdefault(names[site.name], []).append(site)
+        read = cast("fx.Node", nodes[site.nodes[0]].args[0]).name if nodes else site.name
+        groups.setdefault(read, []).append(site)
     return [tuple(group) for group in groups.values()]
 
 
-def _first_inputs(program: Program) -> dict[str, str]:
-    if program.graph is None:
-        return {site.name: site.name for site in program.sites}
-    nodes = {node.name: node for node in program.graph.nodes}
-    return {
-        site.name: cast("fx.Node", nodes[site.nodes[0]].args[0]).name for site in program.sites
-    }
-
-
-def live_after(flow: nx.DiGraph) -> list[set[str]]:
+def live_after(flow: nx.DiGraph[str]) -> list[set[str]]:
     """Per position, the computed values made so far that a later node still reads."""
     names = sorted(flow.nodes, key=lambda name: flow.nodes[name]["position"])
     last_use = {

@@ -24,11 +24,14 @@ class Statistics:
     """Second moments of a site's input x [k]: gram = mean of x x' over calibration tokens.
 
     `gram` is float32 [k, k] in original input coordinates, kept on disk; None means data-free
-    (the identity is used). Sites that share an input share the gram.
+    (the identity is used). Sites that share an input share the gram. `sensitivity` is float32 [n]:
+    per output row, the mean over tokens of the squared gradient of the model's loss (in nats per
+    token); None where there is no such loss.
     """
 
     gram: StoredTensor | None
     tokens: int = 0
+    sensitivity: StoredTensor | None = None
 
     def load(self, k: int) -> Tensor:
         """float32 [k, k]."""
@@ -41,7 +44,7 @@ class Codebooks:
 
     levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; ascending.
     scales[b]: float32 [n, groups] or None where the levels carry the scale.
-    loss: float64 [n, len(widths)], expected share of the site's output energy that is lost.
+    loss: float64 [n, len(widths)], expected cost of rounding the row (see fit-codebooks).
     """
 
     widths: tuple[int, ...]

@@ -127,7 +127,8 @@ def _node_lines(
     yield f"  %{names[node.name]} = {_op(node)}({', '.join(values)}){kind}"
     for constant in constants:
         tensor = program.tensors[str(constant.target)]
-        yield f"    @{constant.target}: {DTYPES.get(tensor.dtype, tensor.dtype)}{list(tensor.shape)}"
+        dtype = DTYPES.get(tensor.dtype, tensor.dtype)
+        yield f"    @{constant.target}: {dtype}{list(tensor.shape)}"
     if site is not None:
         yield from (f"    {line}" for line in fact_lines(program, site))
 

@@ -131,7 +131,6 @@ class Program:
         return (stored.T if site.transposed else stored).to(torch.float32)
 
 
-
 def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:
     *path, leaf = name.split(".")
     for part in path:

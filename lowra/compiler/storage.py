@@ -21,6 +21,8 @@ ROW_SCALES = -1
 ROW_WIDTH_BITS = 4
 """Bits that a row spends on naming its own width."""
 
+UNROTATED = Rotation()
+
 ROLES = ("codes", "codebooks", "scales", "row_widths")
 """Stored tensors of a site, as suffixes of the module's qualified name."""
 
@@ -75,7 +77,7 @@ class PackedWeight:
     codebooks: Tensor
     scales: Tensor | None
     group: int = NO_SCALES
-    rotation: Rotation = Rotation()
+    rotation: Rotation = UNROTATED
 
     def __post_init__(self) -> None:
         for what, right in self._checks():
@@ -187,9 +189,7 @@ def from_tensors(
         raise CheckpointError(f"row widths of [{n}, {k}] hold {packed_widths.numel()} bytes")
     widths = unpack_nibbles(packed_widths, n)
     scales = stored.get("scales")
-    return PackedWeight(
-        n, k, widths, stored["codes"], stored["codebooks"], scales, group, rotation
-    )
+    return PackedWeight(n, k, widths, stored["codes"], stored["codebooks"], scales, group, rotation)
 
 
 def pack_weight(
@@ -198,7 +198,7 @@ def pack_weight(
     codebooks: Tensor | Mapping[int, Tensor],
     scales: Tensor | None,
     group: int = NO_SCALES,
-    rotation: Rotation = Rotation(),
+    rotation: Rotation = UNROTATED,
 ) -> PackedWeight:
     """Pack codes into storage.
 

@@ -7,6 +7,7 @@ from lowra.passes.assign_precision import AssignPrecision
 from lowra.passes.collect_statistics import CollectStatistics
 from lowra.passes.fit_codebooks import FitCodebooks
 from lowra.passes.initialize_adapters import InitializeAdapters
+from lowra.passes.measure_sensitivity import MeasureSensitivity
 from lowra.passes.normalize_linears import NormalizeLinears
 from lowra.passes.quantize_weights import QuantizeWeights
 from lowra.passes.rewrite_linears import RewriteLinears
@@ -16,6 +17,7 @@ PASSES: tuple[type[Pass], ...] = (
     NormalizeLinears,
     RotateInputs,
     CollectStatistics,
+    MeasureSensitivity,
     FitCodebooks,
     AssignPrecision,
     QuantizeWeights,

@@ -15,7 +15,6 @@ from lowra.compiler.program import Program, Site, matches, select
 from lowra.compiler.progress import stage
 from lowra.compiler.storage import row_bits, site_bits
 
-
 SOLVER_EFFORT = 0.1
 """Deterministic CP-SAT seconds for the undecided band; the bound is proven whatever it is."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -43,8 +43,7 @@ class CollectStatistics(Pass):
         groups = siblings(program)
         key = (self.name, program.fingerprint, _fingerprint(program.calibration))
         stored = {
-            group: StoredTensor(program.spill.path(*key, group[0].name), "gram")
-            for group in groups
+            group: StoredTensor(program.spill.path(*key, group[0].name), "gram") for group in groups
         }
         missing = [group for group in groups if not stored[group].path.exists()]
         if missing and program.graph is None:
@@ -54,11 +53,7 @@ class CollectStatistics(Pass):
         tokens = sum(batch[0][..., 0].numel() if batch[0].is_floating_point()
                      else batch[0].numel() for batch in program.calibration)  # fmt: skip
         return program.with_facts(
-            {
-                site.name: [Statistics(stored[group], tokens)]
-                for group in groups
-                for site in group
-            }
+            {site.name: [Statistics(stored[group], tokens)] for group in groups for site in group}
         )
 
 
@@ -67,7 +62,7 @@ def _fingerprint(batches: Sequence[Batch]) -> str:
     for batch in batches:
         for tensor in batch:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -97,7 +92,7 @@ class _Moments:
 
 
 @contextmanager
-def _exact_product(dtype: torch.dtype) -> Iterator[None]:
+def _exact_product(dtype: torch.dtype) -> Generator[None, None, None]:
     """Let float32 products of bfloat16 values run on bfloat16 units: exact, sums in float32."""
     before = torch.get_float32_matmul_precision()
     try:
@@ -121,7 +116,6 @@ def _collect_by_segment(
     parts = parts[: last_mark + 1]
     live = live_after(dataflow(program.graph))
     position = {name: index for index, name in enumerate(nodes)}
-    names = {name: node for name, node in nodes.items()}
     runner = _Runner(program)
     kept: list[Values] = [
         {node.name: tensor for node, tensor in zip(runner.placeholders, batch, strict=True)}
@@ -132,7 +126,7 @@ def _collect_by_segment(
             moments = {name: _Moments() for name in part if name in inputs}
             keep = live[position[part[-1]]]
             for index, values in enumerate(kept):
-                runner.run([names[name] for name in part], values, moments)
+                runner.run([nodes[name] for name in part], values, moments)
                 kept[index] = {name: v for name, v in values.items() if name in keep}
                 bar.advance()
             for name, moment in moments.items():
@@ -155,7 +149,9 @@ class _Runner:
         inside = set(nodes)
         for node in nodes:
             if node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, values))
+                args, kwargs = fx.map_arg(
+                    (node.args, node.kwargs), lambda n: self._value(n, values)
+                )
                 values[node.name] = node.target(*args, **kwargs)  # pyright: ignore
             if node.name in moments:
                 moments[node.name].add(values[node.name])

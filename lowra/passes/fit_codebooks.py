@@ -33,8 +33,8 @@ class FitCodebooks(Pass):
     (what a rounding error costs under error feedback), codebooks and group scales refit in turn.
     rule "paper": LowRA (ICML 2025, section 5): absmax scales, start at NormalFloat, weight absmax,
     2 iterations, blind to inputs.
-    `loss` is the expected squared output error as a share of the site's output energy ("paper":
-    plain squared weight error, as its section 6 counts).
+    `loss` is the expected rise of the model's loss where sensitivities are known, else the share of
+    the site's output energy that is lost ("paper": squared weight error, as its section 6 counts).
     """
 
     name: ClassVar[str] = "fit-codebooks"
@@ -58,10 +58,10 @@ class FitCodebooks(Pass):
         weight = rotate(program.weight(site), rotation)
         if self.rule == "paper":
             return self._paper(weight)
-        gram = rotate_gram(program.fact(site.name, Statistics).load(site.k), rotation)
+        statistics = program.fact(site.name, Statistics)
+        gram = rotate_gram(statistics.load(site.k), rotation)
         factor = factorize(gram)
         variance = factor.conditional_variance()
-        energy = output_error(weight, gram) or 1.0
         levels: dict[int, Tensor] = {}
         scales: dict[int, Tensor] = {}
         losses: list[Tensor] = []
@@ -71,13 +71,13 @@ class FitCodebooks(Pass):
             fit, scale = self._fit_width(rows, weight, variance, start, width)
             levels[width] = _half(fit.levels, site)
             scales[width] = _half(scale, site)
-            losses.append(fit.loss / energy)
+            losses.append(fit.loss)
         books = Codebooks(
             self.widths, levels, None if self.group == NO_SCALES else scales,
             torch.stack(losses, dim=1), self.group, self.shared,
         )  # fmt: skip
-        ratio = _measured_over_expected(weight, gram, factor, books, energy)
-        return replace(books, loss=books.loss * ratio)
+        ratio = _measured_over_expected(weight, gram, factor, books)
+        return replace(books, loss=books.loss * ratio * _row_weight(statistics, weight, gram))
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """float32 [n, groups]: root mean square of the group; ones where nothing is scaled."""
@@ -144,16 +144,28 @@ class FitCodebooks(Pass):
             levels[width] = fit.levels.half().float()
             table = levels[width]
             middle = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-            value = table.gather(1, torch.searchsorted(middle, (weight / absmax).contiguous())) * absmax
+            value = (
+                table.gather(1, torch.searchsorted(middle, (weight / absmax).contiguous())) * absmax
+            )
             losses.append(((weight - value).double() ** 2).mean(1))
         stored = dict.fromkeys(self.widths, scales.half().float())
-        return Codebooks(
-            self.widths, levels, stored, torch.stack(losses, dim=1), self.group, False
-        )
+        return Codebooks(self.widths, levels, stored, torch.stack(losses, dim=1), self.group, False)
+
+
+def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:
+    """What a unit of output error of each row costs: float64 [n, 1].
+
+    Half the row's sensitivity, in nats per token; without one, the same for all rows of the site,
+    so that a site counts by the share of its output energy that is lost.
+    """
+    if statistics.sensitivity is not None:
+        return statistics.sensitivity.load().double().unsqueeze(1) / 2
+    energy = output_error(weight, gram) or 1.0
+    return torch.full((weight.shape[0], 1), 1 / energy, dtype=torch.float64)
 
 
 def _measured_over_expected(
-    weight: Tensor, gram: Tensor, factor: Factor, books: Codebooks, energy: float
+    weight: Tensor, gram: Tensor, factor: Factor, books: Codebooks
 ) -> Tensor:
     """Per width, the output error of a sample of rows after error feedback over the expected one.
 
@@ -171,7 +183,7 @@ def _measured_over_expected(
     if scales is not None:
         value = value * scales[:, scale_index(weight.shape[1], books.group)]
     error = target - value
-    measured = ((error @ gram) * error).sum(1).view(count, -1).sum(1).double() / energy
+    measured = ((error @ gram) * error).sum(1).view(count, -1).sum(1).double()
     expected = books.loss[rows].sum(0)
     return torch.where(expected > 0, measured / expected.clamp_min(1e-300), 1.0)
 

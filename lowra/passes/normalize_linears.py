@@ -139,7 +139,7 @@ class _Form:
 def _linear_form(node: fx.Node) -> _Form | None:
     if node.op != "call_function":
         return None
-    args = node.args
+    args: tuple[Any, ...] = node.args
     if node.target is aten.linear.default:
         x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
         return _Form(x, weight, bias, "nk") if _is_parameter(weight) else None
@@ -149,7 +149,7 @@ def _linear_form(node: fx.Node) -> _Form | None:
         if _is_parameter(args[1]):
             return _Form(args[0], args[1], None, "kn")
         if isinstance(args[1], fx.Node) and args[1].target in TRANSPOSES:
-            inner = args[1].args[0]
+            inner: Any = args[1].args[0]
             return _Form(args[0], inner, None, "nk") if _is_parameter(inner) else None
     return None
 

@@ -76,7 +76,7 @@ def _rewritten(
         for role in (name.rsplit(".", 1)[1] for name in site_tensors(program, site))
     }
     layout = weight.op_args()[4:]
-    args = (
+    args: tuple[Any, ...] = (
         x, reads["codes"], reads["codebooks"], reads.get("scales"), reads["order"], *layout,
         None if bias is None else mapping[bias],  # pyright: ignore
     )  # fmt: skip

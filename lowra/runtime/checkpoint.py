@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-import lowra
 from lowra.compiler.capture import tied_names
 from lowra.compiler.errors import CheckpointError, OutputError
 from lowra.compiler.program import Site
@@ -28,6 +27,7 @@ from lowra.compiler.storage import ROLES, from_tensors
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.module_view import place, quantized_linears
 from lowra.runtime.modules import QuantizedLinear, QuantizedModule
+from lowra.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST = "lowra.json"
@@ -97,7 +97,7 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
     sites = {site.name: _site_entry(model, site) for site in info.sites}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "lowra": lowra.__version__,
+        "lowra": __version__,
         "torch": torch.__version__,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": info.fingerprint,
@@ -192,7 +192,7 @@ def _model_card(manifest: Mapping[str, Any]) -> str:
 def checksum(tensor: Tensor) -> str:
     """sha256 over the bytes of a tensor."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data.tobytes()).hexdigest()
 
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -286,8 +286,8 @@ def _skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     with no_init_weights():
         model = kind(config)
     model.tie_weights()
-    dtypes = {entry["dtype"] for entry in manifest["sites"].values()}
-    model.to(DTYPES[config.dtype if isinstance(config.dtype, str) else dtypes.pop()])
+    dtype = next(iter(manifest["sites"].values()))["dtype"]
+    cast("nn.Module", model).to(DTYPES[dtype])
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

@@ -20,6 +20,12 @@ class QuantizedModule(nn.Module):
     """
 
     KEEP_DTYPE = ("codebooks", "scales")
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor | None
+    row_widths: Tensor
+    order: Tensor
+    compute: Tensor
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
         super().__init__()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 import lowra.backends.reference  # noqa: F401 - the ops get their meaning
 from lowra.compiler.capture import capture
-from lowra.compiler.pipeline import run_pipeline
+from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
+from lowra.compiler.spill import Spill
 from lowra.passes import NormalizeLinears
 from tests import models
 
@@ -26,7 +28,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def captured(name: str) -> tuple[nn.Module, Program]:
     """A tiny model of `tests.models` and its program; neither may be written to."""
     model = MODELS[name]()
@@ -34,11 +36,16 @@ def captured(name: str) -> tuple[nn.Module, Program]:
     return model, capture(model, example)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def normalized(name: str) -> tuple[nn.Module, Program]:
     """The same after `normalize-linears`."""
     model, program = captured(name)
     return model, run_pipeline(program, (NormalizeLinears(),))
+
+
+def compiled_from(program: Program, passes: Sequence[Pass]) -> Program:
+    """`program` through `passes`, its work files in a folder that goes with the result."""
+    return run_pipeline(replace(program, spill=Spill()), passes)
 
 
 def arithmetic(*shape: int) -> Tensor:

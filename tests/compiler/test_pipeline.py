@@ -138,7 +138,11 @@ def test_history_grows_and_observers_see_every_step() -> None:
     seen: list[tuple[str, tuple[str, ...]]] = []
     steps = (RotateInputs(enabled=False), CollectStatistics())
     done = run_pipeline(program, steps, lambda step, p: seen.append((step.name, p.history)))
-    assert done.history == ("normalize-linears", "rotate-inputs{enabled=false}", "collect-statistics")
+    assert done.history == (
+        "normalize-linears",
+        "rotate-inputs{enabled=false}",
+        "collect-statistics",
+    )
     assert seen == [("rotate-inputs", done.history[:2]), ("collect-statistics", done.history)]
     assert program.history == ("normalize-linears",), "the program that came in was changed"
 

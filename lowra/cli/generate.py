@@ -1,0 +1,42 @@
+"""lowra generate: what a model writes after a prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowra.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, VerboseOption
+from lowra.cli.sources import load_source, require_tokenizer
+
+
+def generate_text(
+    ctx: typer.Context,
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the text begins with.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 50,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens; without, take the likeliest.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what --sample draws.")] = 0,
+    dtype: DtypeOption = Dtype.bfloat16,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Continue PROMPT with MODEL. The same seed gives the same text."""
+    import torch
+
+    from lowra.compiler.errors import LowraError
+    from lowra.compiler.progress import show_progress, stage
+    from lowra.workflows import evaluate
+
+    with show_progress():
+        loaded, tokenizer = load_source(model, dtype)
+        tokenizer = require_tokenizer(tokenizer, model)
+        if not evaluate.tokenise(prompt, tokenizer):
+            raise LowraError("the prompt has no tokens: give at least one word")
+        torch.manual_seed(seed)
+        with stage("generate", None):
+            text = evaluate.sample(loaded, tokenizer, prompt, tokens=tokens, greedy=not sample)
+    data = {"model": model, "prompt": prompt, "text": text, "sampled": sample, "seed": seed}
+    ctx.obj.show(data, lambda console: console.print(prompt + text, soft_wrap=True))

@@ -1,0 +1,122 @@
+"""Arguments and options that several commands share, and the recipe they make."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lowra.recipe import Recipe
+
+
+class Preset(str, Enum):
+    """Presets of a recipe."""
+
+    default = "default"
+    lowra = "lowra"
+
+
+class Unit(str, Enum):
+    """What shares one width."""
+
+    row = "row"
+    layer = "layer"
+
+
+class Dtype(str, Enum):
+    """In what a dense model is loaded."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float16 = "float16"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hub id, a folder, or a .gguf file.")
+]
+BitsOption = Annotated[
+    float, typer.Option("--bits", help="Bits per compressed weight, a hard cap.")
+]
+PresetOption = Annotated[
+    Preset, typer.Option(help="'default', or 'lowra': the paper to the letter, data-free.")
+]
+RankOption = Annotated[
+    int | None, typer.Option(help="LoRA rank, 0 for no adapter; by default as Recipe says.")
+]
+WidthsOption = Annotated[
+    str | None,
+    typer.Option(metavar="1,2,3,4", help="Candidate widths; by default chosen by the budget."),
+]
+UnitOption = Annotated[Unit, typer.Option(help="A width per output row, or one per layer.")]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option("--pin", metavar="PATTERN=WIDTH", help="Fix the width of sites; repeatable."),
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Compress weights skipped by default; repeatable."),
+]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Leave weights alone; repeatable.")
+]
+CountAdaptersOption = Annotated[
+    bool, typer.Option("--count-adapters", help="Count LoRA factors towards the budget.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="What a dense model is loaded in.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+# The group reads these two before it parses anything; see lowra.cli.errors.
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log more; show notes and tracebacks of errors.")
+]
+
+
+def make_recipe(
+    *, pin: list[str] | None, widths: str | None, preset: Preset, unit: Unit, **fields: Any
+) -> Recipe:
+    """The recipe of the options; one that was not given (None) keeps the recipe's default.
+
+    Raises RecipeError, BudgetError, and typer.BadParameter for what cannot be parsed.
+    """
+    from lowra.recipe import Recipe
+
+    fields |= {"pins": parse_pins(pin or []), "preset": preset.value, "unit": unit.value}
+    if widths is not None:
+        fields["widths"] = parse_widths(widths)
+    return Recipe.from_dict({name: v for name, v in fields.items() if v is not None})
+
+
+def parse_pins(pins: list[str]) -> dict[str, int]:
+    """`["*.q_proj=4"]` as `{"*.q_proj": 4}`."""
+    parsed: dict[str, int] = {}
+    for pin in pins:
+        pattern, _, width = pin.rpartition("=")
+        if not pattern or not width.strip().isdecimal():
+            raise typer.BadParameter(f"{pin!r} is not PATTERN=WIDTH", param_hint="'--pin'")
+        parsed[pattern] = int(width)
+    return parsed
+
+
+def parse_widths(widths: str) -> tuple[int, ...]:
+    """`"1,2,4"` as `(1, 2, 4)`."""
+    parts = [part.strip() for part in widths.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(
+            f"{widths!r} is not a list of widths such as 1,2,4", param_hint="'--widths'"
+        )
+    return tuple(map(int, parts))
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises CalibrationError when it cannot be read."""
+    from lowra.compiler.errors import CalibrationError
+
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"cannot read the text file {str(path)!r} ({error}): give a UTF-8 text file"
+        ) from error

@@ -1,0 +1,33 @@
+"""MODEL arguments: loading what they name, and saying what it lacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowra.cli.options import Dtype
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_source(source: str, dtype: Dtype = Dtype.bfloat16) -> tuple[nn.Module, Any | None]:
+    """The model that `source` names and its tokenizer. Raises ModelError, CheckpointError."""
+    import torch
+
+    from lowra.compiler.progress import stage
+    from lowra.workflows.models import load_model
+
+    with stage(f"load {source}", None):
+        return load_model(source, dtype=getattr(torch, dtype.value))
+
+
+def require_tokenizer(tokenizer: Any | None, source: str) -> Any:
+    """The tokenizer. Raises ModelError when `source` came without one."""
+    from lowra.compiler.errors import ModelError
+
+    if tokenizer is None:
+        raise ModelError(
+            f"{source!r} has no tokenizer, which text needs: put the tokenizer files of the "
+            "original model beside it"
+        )
+    return tokenizer

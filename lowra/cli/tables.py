@@ -1,0 +1,104 @@
+"""Sites and sizes as text: equal layers in one row, bytes and widths in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """A table under its title. A column whose name ends in `>` is set to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in columns:
+        right = column.endswith(">")
+        table.add_column(
+            column.removesuffix(">"), justify="right" if right else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Names and values, one pair per line."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_skipped(console: Console, skipped: Iterable[Mapping[str, Any]]) -> None:
+    """What is not compressed, and why."""
+    groups = group_alike(skipped, "shape", "reason")
+    rows = [(name, shape_text(row["shape"]), row["reason"]) for name, row, _ in groups]
+    if rows:
+        print_table(console, "not compressed", ("tensor", "shape>", "why"), rows)
+
+
+def group_alike(
+    rows: Iterable[Mapping[str, Any]], *keys: str
+) -> list[tuple[str, Mapping[str, Any], int]]:
+    """Rows whose names differ in layer numbers only, and not in `keys`, as one.
+
+    Yields (`model.layers.*.mlp.up_proj x 30`, the first of them, their number).
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row["name"])
+        groups.setdefault((pattern, *(str(row[key]) for key in keys)), []).append(row)
+    return [
+        (f"{key[0]} x {len(alike)}" if len(alike) > 1 else alike[0]["name"], alike[0], len(alike))
+        for key, alike in groups.items()
+    ]
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """`576 x 1536`."""
+    return " x ".join(map(str, shape))
+
+
+def widths_text(rows: Mapping[str, int]) -> str:
+    """`2 bit: 96 rows, 4 bit: 32 rows`."""
+    ordered = sorted(rows.items(), key=lambda item: int(item[0]))
+    return ", ".join(f"{width} bit: {count} rows" for width, count in ordered if count)
+
+
+def bytes_text(count: float) -> str:
+    """`12.3 MB`, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def print_totals(console: Console, report: Mapping[str, Any]) -> None:
+    """The totals of a compile's report: bits, bytes, widths, seconds per pass."""
+    totals = report["totals"]
+    facts = {
+        "sites": f"{totals['sites']}, {totals['weights']:,} weights",
+        "stored bits": f"{totals['stored_bits']:.3f} per weight",
+        "code bits": f"{totals['code_bits']:.3f} per weight",
+        "adapter bits": f"{totals['adapter_bits']:.3f} per weight, beside them",
+        "size": f"{bytes_text(totals['bytes'])} ({totals['bytes']:,} bytes)",
+        "widths": widths_text(totals["rows"]),
+        "calibration": f"{report['calibration_tokens']:,} tokens",
+        "capture": report["capture"],
+        "pipeline": report["pipeline"],
+    }
+    print_facts(console, facts)
+    seconds = [(name, f"{value:.1f}") for name, value in report["seconds"].items()]
+    print_table(console, "seconds", ("stage", "seconds>"), seconds)

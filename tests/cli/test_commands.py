@@ -1,0 +1,194 @@
+"""Every command does its work, as text and as one JSON document."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lowra.cli.options import Dtype, Preset, Unit
+from lowra.cli.output import Output
+from lowra.cli.tables import bytes_text, group_alike
+from lowra.recipe import PRESETS, UNITS
+from lowra.runtime.checkpoint import DTYPES
+from tests.cli.conftest import QUICK
+
+
+def test_options_name_what_the_library_knows():
+    assert [preset.value for preset in Preset] == list(PRESETS)
+    assert [unit.value for unit in Unit] == list(UNITS)
+    assert {dtype.value for dtype in Dtype} == set(DTYPES)
+
+
+def test_plan_groups_equal_layers_and_says_what_is_skipped(lowra, dense):
+    done = lowra("plan", dense, "--bits", 3)
+    assert done.exit_code == 0, done.output
+    assert "model.layers.*.self_attn.q_proj x 2" in done.stdout
+    assert "reachable   1.401 to 8.401 stored bits per weight" in done.stdout
+    assert "output head" in done.stdout
+    assert "\x1b" not in done.output
+
+
+def test_plan_as_json(lowra, dense):
+    data = lowra.json(
+        "plan", dense, "--bits", "3.5", "--widths", "2,4", "--unit", "layer", "--rank", "4",
+        "--pin", "*.q_proj=4", "--pin", "re:[ku]p?_proj=2", "--ignore", "*.o_proj",
+        "--include", "lm_head", "--count-adapters", "--dtype", "float32",
+    )  # fmt: skip
+    recipe = data["recipe"]
+    assert recipe["pins"] == {"*.q_proj": 4, "re:[ku]p?_proj": 2}
+    assert (recipe["widths"], recipe["unit"], recipe["rank"]) == ([2, 4], "layer", 4)
+    assert recipe["count_adapters"]
+    assert data["dense_bytes"] == 4 * data["weights"]
+    assert "lm_head" in {site["name"] for site in data["sites"]}
+    reasons = {row["name"]: row["reason"] for row in data["skipped"]}
+    assert reasons["model.layers.0.self_attn.o_proj.weight"] == "ignored by the recipe"
+
+
+def test_compile_as_json(compiled):
+    out, data = compiled
+    assert data["path"] == str(out)
+    assert data["totals"]["stored_bits"] <= 3
+    assert sum(data["totals"]["rows"].values()) == sum(site["shape"][0] for site in data["sites"])
+    assert data["seconds"]["quantize-weights"] >= 0
+    assert (out / "lowra.json").is_file()
+    assert (out / "tokenizer.json").is_file()
+    assert not out.with_name("compiled.work").exists()
+
+
+def test_compile_prints_totals_and_keeps_a_work_folder_that_was_chosen(lowra, dense, tmp_path):
+    text, work = tmp_path / "text.txt", tmp_path / "work"
+    text.write_text("A text to calibrate with. " * 20, encoding="utf-8")
+    words = ("compile", dense, tmp_path / "out", *QUICK, "--calibration", text, "--work-dir", work)
+    done = lowra(*words)
+    assert done.exit_code == 0, done.output
+    for word in ("stored bits", "code bits", " bytes)", "at 3 bit", "quantize-weights", "128 tok"):
+        assert word in done.stdout
+    assert str(work) in done.stderr
+    assert any(work.iterdir())
+    again = lowra(*words, "--overwrite")
+    assert again.exit_code == 0, again.output
+    assert "used again" in again.stderr
+
+
+def test_compile_to_the_paper_without_data(lowra, dense, tmp_path):
+    data = lowra.json("compile", dense, tmp_path / "o", "--bits", 2, "--preset", "lowra")
+    assert data["recipe"]["preset"] == "lowra"
+    assert data["calibration_tokens"] == 0
+
+
+def test_inspect_shows_sites_and_totals(lowra, checkpoint):
+    done = lowra("inspect", checkpoint)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("_proj") == 14
+    assert "stored bits" in done.stdout
+    assert "embedding, kept in 16 bit" in done.stdout
+
+
+def test_inspect_as_json_with_a_pattern(lowra, compiled):
+    out, report = compiled
+    data = lowra.json("inspect", out, "--site", "*.1.mlp.*")
+    assert [site["name"] for site in data["sites"]] == [
+        f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")
+    ]
+    assert data["totals"] == report["totals"]
+
+
+def test_inspect_prints_the_graph(lowra, checkpoint):
+    done = lowra("inspect", checkpoint, "--graph")
+    assert done.exit_code == 0, done.output
+    assert "lowra.quantized_linear" in done.stdout
+    assert "sites 14, weights 61440" in done.stdout
+    assert lowra.json("inspect", checkpoint, "--graph")["graph"] == done.stdout
+
+
+def test_inspect_explains_capture(lowra, dense, monkeypatch):
+    assert lowra.json("inspect", dense, "--explain-capture")["capture"]["works"]
+    assert "torch.export traces LlamaFor" in lowra("inspect", dense, "--explain-capture").stdout
+
+    def refuse(*_):
+        raise RuntimeError("data-dependent branch\nin forward")
+
+    monkeypatch.setattr("lowra.compiler.capture._export", refuse)
+    done = lowra("inspect", dense, "--explain-capture")
+    assert done.exit_code == 0, done.output
+    assert "does not trace LlamaForCausalLM: torch.export failed with RuntimeErr" in done.stdout
+    assert "data-dependent branch" in done.stdout
+    assert "no Session" in done.stdout
+
+
+def test_eval_with_and_without_adapters(lowra, dense, checkpoint):
+    words = ("eval", checkpoint, "--reference", dense, "--windows", 2, "--context", 32)
+    words = (*words, "--dtype", "float32")
+    full, bare = lowra.json(*words), lowra.json(*words, "--no-adapters")
+    assert (full["windows"], full["context"], full["tokens"]) == (2, 32, 62)
+    assert 0 < full["kl"] < bare["kl"]
+    assert lowra.json("eval", checkpoint, "--windows", 1, "--context", 32)["kl"] is None
+
+
+def test_eval_names_windows_context_and_text(lowra, dense, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("words and more words " * 20, encoding="utf-8")
+    words = ("eval", dense, "--reference", dense, "--text", text, "--windows", 3, "--context", 16)
+    done = lowra(*words)
+    assert done.exit_code == 0, done.output
+    assert "3 of 16 tokens, 45 scored" in done.stdout
+    assert str(text) in done.stdout
+    assert "mean KL     0.00000" in done.stdout
+
+
+def test_generate(lowra, checkpoint):
+    done = lowra("generate", checkpoint, "Hi", "--tokens", 3)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("Hi")
+    drawn = [
+        lowra.json("generate", checkpoint, "Hi", "--tokens", 8, "--sample", "--seed", seed)["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_prompt_may_look_like_an_option(lowra, checkpoint):
+    done = lowra("generate", checkpoint, "--tokens", 2, "--", "--json")
+    assert done.stdout.startswith("--json")
+
+
+def test_export_writes_an_archive_that_runs(lowra, checkpoint, tmp_path):
+    out = tmp_path / "model.pt2"
+    data = lowra.json("export", checkpoint, out)
+    assert data["bytes"] == out.stat().st_size
+    ids = torch.arange(8).view(2, 4)
+    logits = torch.export.load(out).module()(ids, torch.ones_like(ids))
+    assert logits.shape == (2, 4, 128)
+    assert lowra("export", checkpoint, out).exit_code == 7
+    done = lowra("export", checkpoint, out, "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"wrote {out}")
+
+
+@pytest.mark.parametrize("name", ["plan", "compile", "eval", "inspect", "generate", "export"])
+def test_every_command_has_help(lowra, name):
+    done = lowra(name, "--help")
+    assert done.exit_code == 0
+    assert "--json" in done.stdout
+
+
+def test_json_has_no_infinity(capsys):
+    Output(as_json=True, verbose=False).show(
+        {"perplexity": float("inf"), "rows": [float("nan")]}, print
+    )
+    assert json.loads(capsys.readouterr().out) == {"perplexity": None, "rows": [None]}
+
+
+def test_rows_that_differ_in_layer_numbers_only_are_one():
+    rows = [{"name": f"h.{i}.fc{i}", "shape": [4, 4 + i // 2]} for i in (0, 0, 1, 2)]
+    assert [(name, count) for name, _, count in group_alike(rows, "shape")] == [
+        ("h.*.fc0 x 2", 2),
+        ("h.1.fc1", 1),
+        ("h.2.fc2", 1),
+    ]
+
+
+def test_bytes_in_words():
+    assert [bytes_text(n) for n in (12, 1234, 5_600_000)] == ["12 bytes", "1.2 kB", "5.6 MB"]
