@@ -109,7 +109,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def export(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the compressed graph as a .pt2 archive of torch.export, which runs without us."""
+    """Write the compressed graph as a torch.export archive; it runs without transformers."""
     return export_program(model, path, overwrite=overwrite)
 
 
@@ -138,6 +138,8 @@ def _calibrated(
 ) -> Program:
     """The program with its calibration batches; without any where it runs data-free."""
     if recipe.data_free:
+        if calibration is not None:
+            raise CalibrationError("preset 'lowra' is data-free: leave calibration out")
         return program
     if "input_ids" not in program.inputs:
         return replace(program, calibration=_plain_batches(program, calibration))

@@ -78,8 +78,20 @@ class Recipe:
             _check_whole(name, getattr(self, name), 0 if name in ("rank", "seed") else 1)
         for name in ("include", "ignore"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        self._check_types()
         self._check_widths()
         self._check_layout()
+
+    def _check_types(self) -> None:
+        for name in ("rotation", "shared_codebooks", "count_adapters"):
+            if getattr(self, name) not in (None, True, False):
+                raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.alpha is not None and not isinstance(self.alpha, (int, float)):
+            raise RecipeError(f"alpha={self.alpha!r} must be a number")
+        if self.widths is not None and not isinstance(self.widths, (tuple, list)):
+            raise RecipeError(f"widths={self.widths!r} must be a tuple such as (1, 2, 3, 4)")
+        if not isinstance(self.pins, Mapping):
+            raise RecipeError(f"pins={self.pins!r} must map patterns to widths")
 
     def _check_widths(self) -> None:
         for width in (*(self.widths or ()), *self.pins.values()):
@@ -92,12 +104,20 @@ class Recipe:
             raise RecipeError("widths is empty; name at least one")
 
     def _check_layout(self) -> None:
-        if self.group is not None and (self.group < -1 or not isinstance(self.group, int)):
+        if self.group is not None and (not isinstance(self.group, int) or self.group < -1):
             raise RecipeError(f"group={self.group!r} must be -1 (per row), 0 (none) or positive")
         if self.shared_codebooks and self.group == 0:
             raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
-        if self.unit == "layer" and self.preset == "lowra":
-            raise RecipeError("preset 'lowra' assigns widths per row; use preset 'default'")
+        fixed = {
+            "unit": self.unit == "layer", "pins": bool(self.pins), "group": self.group == 0,
+            "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
+        }  # fmt: skip
+        changed = [name for name, differs in fixed.items() if differs]
+        if self.is_paper and changed:
+            raise RecipeError(
+                f"{changed[0]}={getattr(self, changed[0])!r} is not part of preset 'lowra', "
+                "which is the paper to the letter; use preset 'default'"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -129,16 +149,14 @@ class Recipe:
     def candidate_widths(self) -> tuple[int, ...]:
         """Widths the planner may choose from, pinned ones included.
 
-        The paper drops 1 bit from 2.0 bits up (footnote 4); so does the default from 2.1 stored
-        bits, where mixing in 1-bit rows was measured to hurt.
+        The paper drops 1 bit from 2.0 bits up (footnote 4); the default adds 8 bits from 4.1 up.
         """
         if self.widths is not None:
             base = self.widths
         elif self.is_paper:
             base = (2, 4) if self.bit_budget >= 2 else (1, 2, 4)
         else:
-            low = (2, 3, 4) if self.bit_budget >= 2.1 else (1, 2, 3, 4)
-            base = (*low, 8) if self.bit_budget > 4.1 else low
+            base = (1, 2, 3, 4, 8) if self.bit_budget > 4.1 else (1, 2, 3, 4)
         return tuple(sorted({*base, *self.pins.values()}))
 
     @property
@@ -209,6 +227,6 @@ def _check_whole(name: str, value: Any, least: int) -> None:
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
-    if not all(isinstance(item, str) for item in value):
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
         raise RecipeError(f"{name}={value!r} must be patterns, as strings")
     return tuple(value)

@@ -83,7 +83,8 @@ def measure(
     if budget is None:
         return {"preset": preset, "bit_budget": bits, "unreachable": True}
     compressed = lowra.compile(
-        model, bit_budget=budget, preset=preset, calibration=calibration, context=CONTEXT,
+        model, bit_budget=budget, preset=preset, context=CONTEXT,
+        calibration=calibration if preset == "default" else None,
         calibration_tokens=COUNT * CONTEXT, work_dir=work_dir,
     )  # fmt: skip
     totals = compressed.lowra.report["totals"]

@@ -28,7 +28,7 @@ from lowra.cli.options import (
     make_recipe,
 )
 from lowra.cli.sources import load_source, require_tokenizer
-from lowra.cli.tables import print_skipped, print_totals
+from lowra.cli.tables import print_facts, print_seconds, print_skipped, totals_of
 from lowra.cli.work_folder import work_folder
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def compile_model(
         include=include, ignore=ignore, count_adapters=count_adapters,
         calibration_tokens=calibration_tokens, context=context, seed=seed,
     )  # fmt: skip
-    _check_calibration(recipe, calibration)
     _check_output(out, overwrite)
     with work_folder(out, work_dir, ctx.obj.note) as folder, show_progress():
         ctx.obj.resumable = True
@@ -111,16 +110,6 @@ def _compile(
     return {} if info is None else dict(info.report)
 
 
-def _check_calibration(recipe: Recipe, calibration: Path | None) -> None:
-    from lowra.compiler.errors import RecipeError
-
-    if calibration is not None and recipe.data_free:
-        raise RecipeError(
-            f"preset {recipe.preset!r} is data-free and would not read {str(calibration)!r}: "
-            "leave out --calibration, or use preset 'default'"
-        )
-
-
 def _check_output(out: Path, overwrite: bool) -> None:
     """Raise OutputError unless `out` is free, or an earlier checkpoint that may be replaced."""
     from lowra.compiler.errors import OutputError
@@ -133,5 +122,6 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 def _render(console: Console, data: dict[str, Any]) -> None:
     print_skipped(console, data["skipped"])
-    print_totals(console, data)
+    print_facts(console, totals_of(data))
+    print_seconds(console, data)
     console.print(f"wrote {data['path']}", soft_wrap=True)

@@ -11,11 +11,12 @@ import typer
 from lowra.cli.options import JsonOption, VerboseOption
 from lowra.cli.sources import load_source
 from lowra.cli.tables import (
+    group_alike,
     print_facts,
     print_skipped,
     print_table,
-    print_totals,
     shape_text,
+    totals_of,
     widths_text,
 )
 
@@ -68,14 +69,26 @@ def _tables(path: Path, pattern: str | None) -> dict[str, Any]:
         data = {name: manifest[name] for name in ("format_version", "lowra", "fingerprint")}
         data |= {"recipe": manifest["recipe"], **manifest["report"]}
         sites = {row["name"]: row for row in data["sites"]}
-    except (KeyError, TypeError) as error:
+        _check_printable(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kind = type(error).__name__
         raise CheckpointError(
-            f"{path / MANIFEST} lacks {error}: fetch or write the checkpoint again"
+            f"{path / MANIFEST} has a broken report ({kind}: {error}): fetch or write the "
+            "checkpoint again"
         ) from error
     if pattern is not None:
         chosen = select(sites, [pattern], "site")
         data["sites"] = [row for name, row in sites.items() if name in chosen]
     return data
+
+
+def _check_printable(data: Mapping[str, Any]) -> None:
+    """Raise what printing the tables would raise, before half of them is printed."""
+    totals_of(data)
+    for row in data["sites"]:
+        _row(row)
+    for _, row, _ in group_alike(data["skipped"], "shape", "reason"):
+        shape_text(row["shape"])
 
 
 def _graph(path: str) -> str:
@@ -122,12 +135,11 @@ def _explanation(found: Mapping[str, Any]) -> str:
 
 
 def _render_tables(console: Console, data: Mapping[str, Any]) -> None:
-    columns = ("site", "shape>", "widths", "stored bits>", "error>", "with adapter>", "rank>")
+    columns = ("site", "shape>", "rows", "stored bits>", "error>", "with adapter>", "rank>")
     print_table(console, "sites", columns, (_row(row) for row in data["sites"]))
     print_skipped(console, data["skipped"])
     about = {"checkpoint": data["path"], "written by": f"lowra {data['lowra']}"}
-    print_facts(console, about | {"base": data["fingerprint"]})
-    print_totals(console, data)
+    print_facts(console, about | {"base": data["fingerprint"], **totals_of(data)})
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str, ...]:

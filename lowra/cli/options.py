@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from lowra.recipe import Recipe
 
 
-class Preset(str, Enum):
+class Preset(StrEnum):
     """Presets of a recipe."""
 
     default = "default"
     lowra = "lowra"
 
 
-class Unit(str, Enum):
+class Unit(StrEnum):
     """What shares one width."""
 
     row = "row"
     layer = "layer"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """In what a dense model is loaded."""
 
     bfloat16 = "bfloat16"

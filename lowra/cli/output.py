@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
 
@@ -109,10 +109,9 @@ class _CurrentStderr:
 @contextmanager
 def _logging(level: int) -> Generator[None, None, None]:
     """Show lowra's log records of `level` and above on stderr."""
-    from rich.console import Console
     from rich.logging import RichHandler
 
-    console = Console(file=_CurrentStderr(), soft_wrap=True)  # pyright: ignore[reportArgumentType]
+    console = console_on(cast("TextIO", _CurrentStderr()))
     handler = RichHandler(level, console, show_time=False, show_path=False)
     logger = logging.getLogger("lowra")
     before = logger.level

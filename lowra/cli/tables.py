@@ -71,9 +71,9 @@ def shape_text(shape: Iterable[int]) -> str:
 
 
 def widths_text(rows: Mapping[str, int]) -> str:
-    """`2 bit: 96 rows, 4 bit: 32 rows`."""
+    """`96 at 2 bit, 32 at 4 bit`, for rows per width."""
     ordered = sorted(rows.items(), key=lambda item: int(item[0]))
-    return ", ".join(f"{width} bit: {count} rows" for width, count in ordered if count)
+    return ", ".join(f"{count} at {width} bit" for width, count in ordered if count)
 
 
 def bytes_text(count: float) -> str:
@@ -85,20 +85,27 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def print_totals(console: Console, report: Mapping[str, Any]) -> None:
-    """The totals of a compile's report: bits, bytes, widths, seconds per pass."""
+def totals_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """The totals of a compile's report, by name: bits, bytes, widths."""
     totals = report["totals"]
-    facts = {
+    return {
         "sites": f"{totals['sites']}, {totals['weights']:,} weights",
         "stored bits": f"{totals['stored_bits']:.3f} per weight",
         "code bits": f"{totals['code_bits']:.3f} per weight",
         "adapter bits": f"{totals['adapter_bits']:.3f} per weight, beside them",
         "size": f"{bytes_text(totals['bytes'])} ({totals['bytes']:,} bytes)",
-        "widths": widths_text(totals["rows"]),
+        "rows": widths_text(totals["rows"]),
         "calibration": f"{report['calibration_tokens']:,} tokens",
         "capture": report["capture"],
         "pipeline": report["pipeline"],
     }
-    print_facts(console, facts)
-    seconds = [(name, f"{value:.1f}") for name, value in report["seconds"].items()]
-    print_table(console, "seconds", ("stage", "seconds>"), seconds)
+
+
+def print_seconds(console: Console, report: Mapping[str, Any]) -> None:
+    """The wall time of each pass, and of what comes before and around them."""
+    seconds = report["seconds"]
+    passes = re.sub(r"\{.*?\}", "", report["pipeline"]).split()
+    names = [n for n in ("capture", "calibration", *passes, "total") if n in seconds]
+    print_table(
+        console, "time", ("pass", "seconds>"), ((name, f"{seconds[name]:.1f}") for name in names)
+    )

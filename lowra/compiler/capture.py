@@ -84,7 +84,7 @@ def capture(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = None
     return Program(
         graph=graph, inputs=names, tensors=tensors, weights=weights,
         source=model if graph is None else None, fingerprint=fingerprint, warning=warning,
-        example=() if inputs is None else tuple(_values(inputs)),
+        example=() if inputs is None else tuple(_values(inputs)), causal=_is_causal(model),
     )  # fmt: skip
 
 
@@ -175,6 +175,13 @@ def _canonical_constants(
         used[name] = tensors.get(name, constants[node.target])
         node.target = name
     return used
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """True for a decoder-only language model."""
+    can_generate = getattr(model, "can_generate", None)
+    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is not None and bool(can_generate()) and not encoder
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median_low
 from typing import cast
 
 import networkx as nx
@@ -21,13 +22,20 @@ def dataflow(graph: fx.Graph) -> nx.DiGraph[str]:
 
 
 def siblings(program: Program) -> list[tuple[Site, ...]]:
-    """Sites grouped by the input they share (q/k/v, gate/up), in graph order."""
-    groups: dict[str, list[Site]] = {}
-    nodes = {} if program.graph is None else {node.name: node for node in program.graph.nodes}
+    """Sites grouped by the inputs they share (q/k/v, gate/up), in graph order."""
+    groups: dict[tuple[str, ...], list[Site]] = {}
     for site in program.sites:
-        read = cast("fx.Node", nodes[site.nodes[0]].args[0]).name if nodes else site.name
-        groups.setdefault(read, []).append(site)
+        groups.setdefault(inputs_of(program, site) or (site.name,), []).append(site)
     return [tuple(group) for group in groups.values()]
+
+
+def inputs_of(program: Program, site: Site) -> tuple[str, ...]:
+    """The distinct values that a site's linear nodes read; empty without dataflow."""
+    if program.graph is None:
+        return ()
+    nodes = {node.name: node for node in program.graph.nodes if node.name in site.nodes}
+    read = (cast("fx.Node", nodes[name].args[0]).name for name in site.nodes)
+    return tuple(dict.fromkeys(read))
 
 
 def live_after(flow: nx.DiGraph[str]) -> list[set[str]]:
@@ -42,7 +50,7 @@ def live_after(flow: nx.DiGraph[str]) -> list[set[str]]:
     result: list[set[str]] = []
     for position, name in enumerate(names):
         if name in last_use:
-            live.add(name)
+            live = live | {name}
         live = {value for value in live if last_use[value] > position}
         result.append(live)
     return result
@@ -51,8 +59,9 @@ def live_after(flow: nx.DiGraph[str]) -> list[set[str]]:
 def segments(graph: fx.Graph, marks: Sequence[str]) -> list[list[str]]:
     """Cut the graph into runs of node names between consecutive `marks`, where least is live.
 
-    Each segment but the last holds at least one mark (a value whose statistics are wanted). A cut
-    is made only at a position as narrow as the narrowest, so layers are cut at their borders.
+    Each segment but the last holds at least one mark (a value whose statistics are wanted). Of the
+    narrowest positions between marks, the narrower half are cut: those are the borders of layers,
+    and of attention and MLP, where little but the residual stream is live.
     """
     flow = dataflow(graph)
     live = [len(values) for values in live_after(flow)]
@@ -63,6 +72,6 @@ def segments(graph: fx.Graph, marks: Sequence[str]) -> list[list[str]]:
         min(range(left, right), key=lambda at: (live[at], at))
         for left, right in zip(stops, stops[1:], strict=False)
     ]
-    narrowest = min((live[cut] for cut in cuts), default=0)
-    borders = [-1, *(cut for cut in cuts if live[cut] == narrowest), len(names) - 1]
+    narrow = median_low([live[cut] for cut in cuts]) if cuts else 0
+    borders = [-1, *(cut for cut in cuts if live[cut] <= narrow), len(names) - 1]
     return [names[a + 1 : b + 1] for a, b in zip(borders, borders[1:], strict=False) if b > a]

@@ -72,7 +72,7 @@ class Program:
     """What the compiler works on.
 
     `graph` takes `inputs` in order and returns one tensor; its get_attr nodes name `tensors`.
-    `example` are inputs it can be traced with.
+    `example` are inputs it can be traced with; `causal` says that the output is next-token logits.
     It is None for a program captured from the module tree, which then runs `source` itself.
     Nothing in a program is ever written to: passes copy what they change and share the rest.
     """
@@ -85,6 +85,7 @@ class Program:
     sites: tuple[Site, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     facts: Mapping[str, Mapping[type, Fact]] = field(default_factory=dict[str, Mapping[type, Fact]])
+    causal: bool = False
     example: tuple[Tensor, ...] = ()
     calibration: tuple[tuple[Tensor, ...], ...] = ()
     spill: Spill = field(default_factory=Spill.closed)
@@ -146,7 +147,10 @@ def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:
 def matches(name: str, pattern: str) -> bool:
     """True when a pattern names `name`: a glob, or a regular expression after `re:`."""
     if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise PatternError(f"{pattern!r} is no regular expression: {error}") from error
     return fnmatch.fnmatchcase(name, pattern)
 
 

@@ -5,10 +5,13 @@ A file is written under a temporary name and renamed; a file that is there is wh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +42,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         why = "the disk is full" if full else str(error)
         raise OutputError(f"cannot write {path}: {why}; free space or choose another folder") from (
@@ -54,10 +58,9 @@ class Spill:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="lowra-")
-            folder = Path(self._temporary.name)
+            folder = Path(tempfile.mkdtemp(prefix="lowra-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,7 +71,7 @@ class Spill:
     def closed(cls) -> Spill:
         """A spill without a folder, for a program that is done compiling."""
         spill = cls.__new__(cls)
-        spill._temporary, spill.folder = None, Path(os.devnull)
+        spill.folder = Path(os.devnull)
         return spill
 
     def path(self, *key: str) -> Path:

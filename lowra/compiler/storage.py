@@ -93,12 +93,17 @@ class PackedWeight:
             return [(f"a row width is not one of {WIDTHS}", False)]
         words = sum(rows * row_words(self.k, width) for width, rows in self.panels)
         values = self.codebooks.numel()
-        scales = 0 if self.scales is None else self.scales.numel()
+        factors = self.codebooks[:0] if self.scales is None else self.scales
+        scales = factors.numel()
         block = self.rotation.block
         return [
             ("codes are not int32", self.codes.dtype == torch.int32),
             (f"{self.codes.numel()} code words, not {words}", self.codes.numel() == words),
             ("codebooks are not float16", self.codebooks.dtype == torch.float16),
+            ("scales are not float16", factors.dtype == torch.float16),
+            ("a codebook value is not finite", bool(torch.isfinite(self.codebooks).all())),
+            ("a scale is not finite", bool(torch.isfinite(factors).all())),
+            ("a tensor is not flat", self.codes.dim() == 1 and self.codebooks.dim() == 1),
             (
                 f"{values} codebook values, neither shared nor one table per row",
                 values in (self._codebook_values(True), self._codebook_values(False)),
@@ -140,8 +145,12 @@ class PackedWeight:
         stored = {"codes": self.codes, "codebooks": self.codebooks}
         if self.scales is not None:
             stored["scales"] = self.scales
-        stored["row_widths"] = pack_nibbles(self.row_widths)
+        stored["row_widths"] = self._packed_widths
         return stored
+
+    @cached_property
+    def _packed_widths(self) -> Tensor:
+        return pack_nibbles(self.row_widths)
 
     def stored_bits(self) -> int:
         """8 x the bytes of every stored tensor."""

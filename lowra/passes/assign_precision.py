@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from lowra.compiler.errors import BudgetError
+from lowra.compiler.errors import BudgetError, RecipeError
 from lowra.compiler.facts import Codebooks, Precision
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, matches, select
@@ -27,7 +27,8 @@ class AssignPrecision(Pass):
     rows with true stored bits (codes, padding, scales, codebooks, width tags), solved to a proven
     gap. rule "paper": the two-level program of LowRA (ICML 2025, section 6) on code bits alone.
     unit: "row", or "layer" for one width per site. pins: "pattern=width" entries fix the width of
-    matching sites. adapter_rank: also charge 16-bit LoRA factors of that rank to the budget.
+    matching sites; of several, the first wins. adapter_rank: also
+    charge 16-bit LoRA factors of that rank to the budget.
     Raises BudgetError with the reachable interval, PatternError for a pin that matches nothing.
     """
 
@@ -59,6 +60,8 @@ class AssignPrecision(Pass):
         )
 
     def _paper(self, program: Program, cost: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+        if self.pins or self.unit != "row" or self.adapter_rank:
+            raise RecipeError("rule=paper knows no pins, layers or adapters; use rule=default")
         from lowra.passes.solver import solve_two_level
 
         sizes = np.concatenate([np.full(site.n, site.k) for site in program.sites])
@@ -107,15 +110,19 @@ class AssignPrecision(Pass):
     def _pinned(self, program: Program, cost: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
         if not self.pins:
             return cost
-        cost = cost.copy()
+        original, cost = cost, cost.copy()
         names = [site.name for site in program.sites]
         bounds = np.cumsum([0, *(site.n for site in program.sites)])
-        for pin in self.pins:
+        for pin in reversed(self.pins):  # the first that matches has the last word
             pattern, _, width = pin.rpartition("=")
             select(names, [pattern], "pins")
+            if width not in map(str, widths):
+                raise RecipeError(f"pin {pin!r}: the width must be one of {widths}")
             column = widths.index(int(width))
             others = [i for i in range(len(widths)) if i != column]
             for index, name in enumerate(names):
                 if matches(name, pattern):
-                    cost[bounds[index] : bounds[index + 1], others] = np.inf
+                    rows = slice(bounds[index], bounds[index + 1])
+                    cost[rows] = original[rows]
+                    cost[rows, others] = np.inf
         return cost

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from lowra.compiler.dataflow import dataflow, live_after, segments, siblings
+from lowra.compiler.dataflow import dataflow, inputs_of, live_after, segments, siblings
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.facts import Statistics
 from lowra.compiler.pipeline import Pass
@@ -80,9 +80,14 @@ class _Moments:
         self.total = product if self.total is None else self.total.add_(product)
         self.rows += rows.shape[0]
 
+    def join(self, other: _Moments) -> None:
+        assert other.total is not None
+        self.total = other.total.clone() if self.total is None else self.total.add_(other.total)
+        self.rows += other.rows
+
     def write(self, target: StoredTensor, group: Sequence[Site]) -> None:
         assert self.total is not None
-        gram = self.total / self.rows
+        gram, self.total = self.total / self.rows, None
         if not bool(torch.isfinite(gram).all()):
             raise CalibrationError(
                 f"the input of {group[0].name} is not finite on the calibration data; "
@@ -110,7 +115,9 @@ def _collect_by_segment(
 ) -> None:
     assert program.graph is not None
     nodes = {node.name: node for node in program.graph.nodes}
-    inputs = {cast("fx.Node", nodes[g[0].nodes[0]].args[0]).name: g for g in groups}
+    wanted = {group: set(inputs_of(program, group[0])) for group in groups}
+    inputs = set().union(*wanted.values())
+    totals = {group: _Moments() for group in groups}
     parts = segments(program.graph, list(inputs))
     last_mark = max(i for i, part in enumerate(parts) if any(name in inputs for name in part))
     parts = parts[: last_mark + 1]
@@ -121,6 +128,7 @@ def _collect_by_segment(
         {node.name: tensor for node, tensor in zip(runner.placeholders, batch, strict=True)}
         for batch in program.calibration
     ]
+    done: set[str] = set()
     with stage("statistics", len(parts) * len(kept)) as bar:
         for part in parts:
             moments = {name: _Moments() for name in part if name in inputs}
@@ -129,8 +137,13 @@ def _collect_by_segment(
                 runner.run([nodes[name] for name in part], values, moments)
                 kept[index] = {name: v for name, v in values.items() if name in keep}
                 bar.advance()
-            for name, moment in moments.items():
-                moment.write(stored[inputs[name]], inputs[name])
+            for group, names in wanted.items():
+                for name in names & set(moments):
+                    totals[group].join(moments[name])
+                if names and names <= done | set(moments):
+                    totals[group].write(stored[group], group)
+                    names.clear()
+            done |= set(moments)
 
 
 class _Runner:

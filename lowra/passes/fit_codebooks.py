@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowra.compiler.errors import WeightError
+from lowra.compiler.errors import RecipeError, WeightError
 from lowra.compiler.facts import Codebooks, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
-from lowra.compiler.rotation import Rotation, rotate, rotate_gram
+from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
-from lowra.passes.feedback import Factor, factorize, feedback_codes, scale_index
+from lowra.passes.feedback import feedback_codes, scale_index
 from lowra.passes.lloyd import Fit, SortedRows, fit_rows, fit_shared, gaussian_levels, normal_float
+from lowra.passes.moments import InputMoments, MomentsReader
 from lowra.passes.quantizer import output_error, row_tables
 
 SAMPLED_ROWS = 48
@@ -46,22 +47,24 @@ class FitCodebooks(Pass):
     rule: str = "default"
 
     def run(self, program: Program) -> Program:
+        if self.group == NO_SCALES and (self.shared or self.rule == "paper"):
+            raise RecipeError("group=0 stores no scales: it needs shared=false and rule=default")
         facts: dict[str, list[object]] = {}
+        moments = MomentsReader(program)
         with stage("codebooks", len(program.sites)) as bar:
             for site in program.sites:
-                facts[site.name] = [self._fit(program, site)]
+                facts[site.name] = [self._fit(program, site, moments)]
                 bar.advance()
         return program.with_facts(facts)
 
-    def _fit(self, program: Program, site: Site) -> Codebooks:
+    def _fit(self, program: Program, site: Site, reader: MomentsReader) -> Codebooks:
         rotation = program.fact(site.name, Rotation)
         weight = rotate(program.weight(site), rotation)
         if self.rule == "paper":
             return self._paper(weight)
         statistics = program.fact(site.name, Statistics)
-        gram = rotate_gram(statistics.load(site.k), rotation)
-        factor = factorize(gram)
-        variance = factor.conditional_variance()
+        moments = reader.read(site)
+        variance = moments.factor.conditional_variance()
         levels: dict[int, Tensor] = {}
         scales: dict[int, Tensor] = {}
         losses: list[Tensor] = []
@@ -76,8 +79,9 @@ class FitCodebooks(Pass):
             self.widths, levels, None if self.group == NO_SCALES else scales,
             torch.stack(losses, dim=1), self.group, self.shared,
         )  # fmt: skip
-        ratio = _measured_over_expected(weight, gram, factor, books)
-        return replace(books, loss=books.loss * ratio * _row_weight(statistics, weight, gram))
+        ratio = _measured_over_expected(weight, moments, books)
+        cost = _row_weight(statistics, weight, moments.gram)
+        return replace(books, loss=books.loss * ratio * cost)
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """float32 [n, groups]: root mean square of the group; ones where nothing is scaled."""
@@ -164,9 +168,7 @@ def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:
     return torch.full((weight.shape[0], 1), 1 / energy, dtype=torch.float64)
 
 
-def _measured_over_expected(
-    weight: Tensor, gram: Tensor, factor: Factor, books: Codebooks
-) -> Tensor:
+def _measured_over_expected(weight: Tensor, moments: InputMoments, books: Codebooks) -> Tensor:
     """Per width, the output error of a sample of rows after error feedback over the expected one.
 
     Feedback pushes weights outwards, which costs little at 4 bits and twice the expected loss at
@@ -178,12 +180,12 @@ def _measured_over_expected(
     every = _select(books, rows.repeat(count))
     target = weight[rows].repeat(count, 1)
     tables, scales = row_tables(every, widths)
-    codes = feedback_codes(target, factor, tables, scales, books.group)
+    codes = feedback_codes(target, moments.factor, tables, scales, books.group)
     value = tables.gather(1, codes)
     if scales is not None:
         value = value * scales[:, scale_index(weight.shape[1], books.group)]
     error = target - value
-    measured = ((error @ gram) * error).sum(1).view(count, -1).sum(1).double()
+    measured = ((error @ moments.gram) * error).sum(1).view(count, -1).sum(1).double()
     expected = books.loss[rows].sum(0)
     return torch.where(expected > 0, measured / expected.clamp_min(1e-300), 1.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
-from lowra.passes.feedback import DAMPING
+from lowra.passes.feedback import DAMPING, scale_index
 from lowra.passes.quantizer import output_error, quantize
 
 
@@ -74,10 +74,13 @@ class InitializeAdapters(Pass):
         books = program.fact(site.name, Codebooks)
         widths = program.fact(site.name, Precision).row_widths
         identity = torch.eye(site.k)
+        original = rotate(weight, rotation)
         b, a = closed_form(weight - base.dequantize(), identity, rank)
         for _ in range(self.iterations - 1):
             target = rotate(weight - b @ a, rotation)
-            base = quantize(target, None, None, _rescaled(books, target), widths, rotation)
+            base = quantize(
+                target, None, None, _rescaled(books, original, target), widths, rotation
+            )
             b, a = closed_form(weight - base.dequantize(), identity, rank)
         return base, b, a
 
@@ -110,17 +113,20 @@ def closed_form(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]
     return (u * (root * live)).float(), (coefficients / root[:, None] * live[:, None]).float()
 
 
-def _rescaled(books: Codebooks, weight: Tensor) -> Codebooks:
-    """The same codebooks with absmax scales of `weight`, where scales are per group of columns."""
+def _rescaled(books: Codebooks, fitted: Tensor, weight: Tensor) -> Codebooks:
+    """The codebooks with each group's scale grown as its absmax grew from `fitted` to `weight`."""
     if books.scales is None or books.group <= 0:
         return books
-    n, k = weight.shape
-    index = torch.arange(k) // books.group
-    absmax = torch.zeros(n, int(index[-1]) + 1).scatter_reduce_(
-        1, index.expand(n, k), weight.abs(), "amax"
-    )
-    scales = dict.fromkeys(books.widths, absmax.half().float())
-    return Codebooks(books.widths, books.levels, scales, books.loss, books.group, books.shared)
+    growth = _absmax(weight, books.group) / _absmax(fitted, books.group).clamp_min(1e-30)
+    scales = {width: (scale * growth).half().float() for width, scale in books.scales.items()}
+    return replace(books, scales=scales)
+
+
+def _absmax(weight: Tensor, group: int) -> Tensor:
+    """Largest magnitude [n, groups] of each group of columns."""
+    index = scale_index(weight.shape[1], group)
+    result = torch.zeros(weight.shape[0], int(index[-1]) + 1)
+    return result.scatter_reduce_(1, index.expand_as(weight), weight.abs(), "amax")
 
 
 def _zero_start(site: Site, rank: int, seed: int) -> tuple[Tensor, Tensor]:

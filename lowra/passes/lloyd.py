@@ -24,6 +24,10 @@ NORMAL_FLOAT: dict[int, tuple[float, ...]] = {
 """Starting levels of the paper (Listing 1); 3 and 8 bits are filled in by `normal_float`."""
 
 
+WARM_ROWS = 128
+"""Rows whose shared codebook starts the fit of all rows."""
+
+
 class SortedRows:
     """Rows of values [n, k] with weights [n, k] (>= 0), sorted, as prefix sums in float64."""
 
@@ -33,6 +37,14 @@ class SortedRows:
         moment = mass * self.values
         self.energy = (moment * self.values).sum(1)
         self.mass, self.moment = _prefix(mass), _prefix(moment)
+
+    def some(self, count: int) -> SortedRows:
+        """About `count` of the rows, evenly spaced."""
+        part = SortedRows.__new__(SortedRows)
+        step = max(1, len(self.energy) // count)
+        part.values, part.energy = self.values[::step].contiguous(), self.energy[::step]
+        part.mass, part.moment = self.mass[::step].contiguous(), self.moment[::step].contiguous()
+        return part
 
     def bins(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Mass and first moment [n, L] of the bins between thresholds [n, L - 1]."""
@@ -86,24 +98,29 @@ def fit_shared(
 
     scale_r = sum_k c_k moment_rk / sum_k c_k^2 mass_rk,
     c_k = sum_r scale_r moment_rk / sum_r scale_r^2 mass_rk.
+    Many rows start from the codebook of an even sample of them.
     """
     levels = start.double()
+    if len(rows.energy) > 2 * WARM_ROWS:
+        levels = fit_shared(rows.some(WARM_ROWS), start, iterations, tolerance).levels
     total_mass = rows.mass[:, -1].clamp_min(1e-300)
     spread = (levels**2).mean().sqrt()
     scale = (rows.energy / total_mass).sqrt() / spread
-    before, loss = math.inf, rows.energy
+    best, before = Fit(levels, scale, rows.energy), math.inf
     for _ in range(iterations):
         mass, moment = rows.bins(scale[:, None] * _midpoints(levels)[None, :])
-        scale = _ratio((moment * levels).sum(1), (mass * levels**2).sum(1), scale)
+        scale = _ratio((moment * levels).sum(1), (mass * levels**2).sum(1), scale).clamp_min(0)
         levels = _ratio(
             (scale[:, None] * moment).sum(0), (scale[:, None] ** 2 * mass).sum(0), levels
         )
         loss = rows.loss(scale[:, None] * levels, mass, moment)
         total = float(loss.sum())
+        if total < before:
+            best = Fit(levels, scale, loss)
         if total >= before * (1 - tolerance):
             break
         before = total
-    return Fit(levels, scale, loss)
+    return best
 
 
 def _ratio(above: Tensor, below: Tensor, otherwise: Tensor) -> Tensor:

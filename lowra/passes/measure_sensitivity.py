@@ -33,7 +33,7 @@ class MeasureSensitivity(Pass):
     name: ClassVar[str] = "measure-sensitivity"
     reads: ClassVar = (Statistics,)
     writes: ClassVar = (Statistics,)
-    tokens: int = 8192
+    tokens: int = 4096
 
     def run(self, program: Program) -> Program:
         windows = self._windows(program)
@@ -41,7 +41,8 @@ class MeasureSensitivity(Pass):
             return program
         first = program.fact(program.sites[0].name, Statistics)
         assert first.gram is not None
-        path = program.spill.path(str(self), program.fingerprint, first.gram.path.name)
+        names = (site.name for site in program.sites)
+        path = program.spill.path(str(self), program.fingerprint, first.gram.path.name, *names)
         if not path.exists():
             write_tensors(_mean_squares(program, windows), path)
         return program.with_facts(
@@ -58,18 +59,13 @@ class MeasureSensitivity(Pass):
 
     def _windows(self, program: Program) -> list[Tensor]:
         """Token ids [1, <= 128] to measure on; none where the program has no next-token loss."""
-        if program.graph is None or program.inputs[:1] != ("input_ids",):
+        if program.graph is None or not program.causal or program.inputs[:1] != ("input_ids",):
             return []
-        if "decoder_input_ids" in program.inputs or not program.calibration:
+        if not program.calibration:
             return []
-        output = next(iter(program.graph.find_nodes(op="output"))).args[0]
-        heads = {w.shape[0] for w in program.weights if w.head}
-        value = output.meta.get("val") if isinstance(output, fx.Node) else None
-        if value is None or value.shape[-1] not in heads:
-            return []
-        ids = torch.cat([batch[0] for batch in program.calibration])
-        parts = [part for window in ids for part in window.split(WINDOW) if len(part) > 1]
-        step = max(1, len(parts) * WINDOW // self.tokens)
+        rows = [window for batch in program.calibration for window in batch[0]]
+        parts = [part for window in rows for part in window.split(WINDOW) if len(part) > 1]
+        step = max(1, -(-len(parts) * WINDOW // self.tokens))
         return [part.unsqueeze(0) for part in parts[::step]]
 
 

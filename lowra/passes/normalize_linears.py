@@ -14,6 +14,7 @@ from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, Skipped, Weight, select
 
 aten = torch.ops.aten
+EMBEDDING = "aten.embedding.default"
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
 
 
@@ -87,6 +88,26 @@ def _refusal(
         return "tied to an embedding, kept in 16 bit; include it to compress it"
     if program.graph is not None and weight.name not in uses:
         return "no linear of the traced graph reads it"
+    return _other_reader(program, weight, uses)
+
+
+def _other_reader(program: Program, weight: Weight, uses: dict[str, list[fx.Node]]) -> str:
+    """Who reads the weight in another way than as the linear of its module; empty for nobody."""
+    if program.graph is None:
+        return ""
+    stored = "kn" if weight.modules("conv1d") else "nk"
+    linear = set(uses[weight.name])
+    for node in linear:
+        form = _linear_form(node)
+        if form is not None and form.stored != stored:
+            return f"also multiplied from the other side, by %{node.name}"
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target == weight.name:
+            through = {u for t in node.users if t.target in TRANSPOSES for u in t.users}
+            readers = {u for u in node.users if u.target not in TRANSPOSES} | through
+            odd = sorted(r.name for r in readers - linear if str(r.target) != EMBEDDING)
+            if odd:
+                return f"also read by %{odd[0]}, which is no linear"
     return ""
 
 
@@ -104,6 +125,7 @@ def _site(program: Program, weight: Weight, uses: dict[str, list[fx.Node]]) -> S
 def _check_finite(site: Site, weight: Tensor) -> None:
     if not weight.is_floating_point():
         raise WeightError(f"{site.name}: weight is {weight.dtype}, not a float; already quantized?")
+    weight = weight.detach()
     finite = torch.isfinite(weight)
     if bool(finite.all()):
         return
@@ -144,13 +166,19 @@ def _linear_form(node: fx.Node) -> _Form | None:
         x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
         return _Form(x, weight, bias, "nk") if _is_parameter(weight) else None
     if node.target is aten.addmm.default and not node.kwargs:
-        return _Form(args[1], args[2], args[0], "kn") if _is_parameter(args[2]) else None
+        return _product_form(args[1], args[2], args[0])
     if node.target in (aten.mm.default, aten.matmul.default):
-        if _is_parameter(args[1]):
-            return _Form(args[0], args[1], None, "kn")
-        if isinstance(args[1], fx.Node) and args[1].target in TRANSPOSES:
-            inner: Any = args[1].args[0]
-            return _Form(args[0], inner, None, "nk") if _is_parameter(inner) else None
+        return _product_form(args[0], args[1], None)
+    return None
+
+
+def _product_form(x: Any, weight: Any, bias: Any) -> _Form | None:
+    """x @ weight, or x @ t(weight), where weight is a parameter."""
+    if _is_parameter(weight):
+        return _Form(x, weight, bias, "kn")
+    if isinstance(weight, fx.Node) and weight.target in TRANSPOSES:
+        inner: Any = weight.args[0]
+        return _Form(x, inner, bias, "nk") if _is_parameter(inner) else None
     return None
 
 

@@ -10,9 +10,9 @@ from lowra.compiler.facts import Codebooks, Packed, Precision, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
-from lowra.compiler.rotation import Rotation, rotate, rotate_gram
+from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight, from_tensors
-from lowra.passes.feedback import factorize
+from lowra.passes.moments import MomentsReader
 from lowra.passes.quantizer import output_error, quantize
 
 
@@ -32,18 +32,19 @@ class QuantizeWeights(Pass):
 
     def run(self, program: Program) -> Program:
         facts: dict[str, list[object]] = {}
+        moments = MomentsReader(program)
         with stage("quantize", len(program.sites)) as bar:
             for site in program.sites:
-                facts[site.name] = [self._quantize(program, site)]
+                facts[site.name] = [self._quantize(program, site, moments)]
                 bar.advance()
         return program.with_facts(facts)
 
-    def _quantize(self, program: Program, site: Site) -> Packed:
+    def _quantize(self, program: Program, site: Site, moments: MomentsReader) -> Packed:
         rotation = program.fact(site.name, Rotation)
         statistics = program.fact(site.name, Statistics)
         source = "" if statistics.gram is None else statistics.gram.path.name
         key = (str(self), program.fingerprint, source, _digest(program, site), site.name)
-        stored = program.spill.tensors(key, lambda: self._make(program, site).tensors())
+        stored = program.spill.tensors(key, lambda: self._make(program, site, moments).tensors())
         group = program.fact(site.name, Codebooks).group
         packed = from_tensors(stored, site.n, site.k, group, rotation)
         gram = statistics.load(site.k)
@@ -51,15 +52,15 @@ class QuantizeWeights(Pass):
         energy = output_error(weight, gram) or 1.0
         return Packed(packed, output_error(weight - packed.dequantize(), gram) / energy)
 
-    def _make(self, program: Program, site: Site) -> PackedWeight:
+    def _make(self, program: Program, site: Site, moments: MomentsReader) -> PackedWeight:
         rotation = program.fact(site.name, Rotation)
         books = program.fact(site.name, Codebooks)
         precision = program.fact(site.name, Precision)
         weight = rotate(program.weight(site), rotation)
         if not self.feedback:
             return quantize(weight, None, None, books, precision.row_widths, rotation)
-        gram = rotate_gram(program.fact(site.name, Statistics).load(site.k), rotation)
-        return quantize(weight, gram, factorize(gram), books, precision.row_widths, rotation)
+        read = moments.read(site)
+        return quantize(weight, read.gram, read.factor, books, precision.row_widths, rotation)
 
 
 def _digest(program: Program, site: Site) -> str:

@@ -1,7 +1,8 @@
 """Checkpoint folders: a Hugging Face folder with packed tensors, PEFT adapter files, lowra.json.
 
 docs/storage-format.md describes them. A folder is written beside its target and renamed, so it is
-there whole or not at all; every tensor carries a sha256 in lowra.json; nothing is unpickled.
+there whole or not at all. Wall times stay out of it, so equal compiles give equal files. Every
+tensor carries a sha256 in lowra.json. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 MANIFEST = "lowra.json"
 ADAPTER = "adapter_model.safetensors"
 SHARD_SIZE = "5GB"
+KEYS = {"sites", "checksums", "fingerprint", "recipe", "plan", "report"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -88,7 +90,7 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_file
 
-    state = {name: t for name, t in model.state_dict().items() if not _is_lora(name)}
+    state = _distinct({n: t for n, t in model.state_dict().items() if not _is_lora(n)})
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
     factors = {n: t for n, t in _adapter_tensors(model).items()}
     if factors:
@@ -103,7 +105,7 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
         "fingerprint": info.fingerprint,
         "recipe": dict(info.recipe),
         "plan": dict(info.plan),
-        "report": dict(info.report),
+        "report": {key: value for key, value in info.report.items() if key != "seconds"},
         "sites": sites,
         "checksums": {name: checksum(t) for name, t in sorted(_stored_tensors(folder).items())},
     }
@@ -112,6 +114,18 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(manifest))
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the first of the names that share them."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() == 0 or key not in seen:
+            kept[name] = tensor
+            seen.add(key)
+    return kept
 
 
 def _is_lora(name: str) -> bool:
@@ -217,6 +231,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         version = manifest["format_version"]
+        complete = set(manifest) >= KEYS or version != FORMAT_VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); write the checkpoint again") from (
             error
@@ -225,6 +240,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}; this lowra reads {FORMAT_VERSION}. "
             "Install the lowra that wrote it, or compile again"
+        )
+    if not complete:
+        raise CheckpointError(
+            f"{file} lacks {', '.join(sorted(KEYS - set(manifest)))}; write the checkpoint again"
         )
     return manifest
 

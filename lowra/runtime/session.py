@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lowra.compiler.errors import CaptureError
 from lowra.compiler.program import Program
 from lowra.runtime.checkpoint import load_checkpoint
 from lowra.runtime.compiled import compiled
+from lowra.runtime.module_view import quantized_linears
 
 
 def program_of(model: nn.Module) -> Program:
@@ -21,17 +23,28 @@ def program_of(model: nn.Module) -> Program:
     """
     info = compiled(model)
     program = None if info is None else info.program
-    if program is None:
-        program = capture(model)
+    program = capture(model) if program is None else _with_adapters_of(model, program)
     if program.graph is None:
         raise CaptureError(f"{type(model).__name__} has no graph to run: {program.warning}")
     return program
 
 
+def _with_adapters_of(model: nn.Module, program: Program) -> Program:
+    """The program with the model's LoRA factors as they are now, shared."""
+    factors = {
+        f"{name}.{role}": getattr(layer, role).detach()
+        for name, layer in quantized_linears(model).items()
+        for role in ("lora_A", "lora_B")
+        if layer.rank
+    }
+    known = {name: factors.get(name, tensor) for name, tensor in program.tensors.items()}
+    return replace(program, tensors=known)
+
+
 class Session:
     """Calls the program view of a compiled model, or of a checkpoint folder.
 
-    The factors of the adapter are those of the model at the time the session was made.
+    It shares the model's LoRA factors as long as they are updated in place, as optimizers do.
     """
 
     def __init__(self, model: nn.Module | str | Path) -> None:

