@@ -169,6 +169,8 @@ def _plain_batches(program: Program, calibration: Any) -> tuple[tuple[Tensor, ..
     """Calibration of a model without token inputs: tuples of input tensors, or bare tensors."""
     if calibration is None:
         return (program.example,) if program.example else ()
+    if isinstance(calibration, (str, Path)):
+        raise CalibrationError("this model takes no tokens: calibrate with tuples of input tensors")
     items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     batches = [(item,) if isinstance(item, Tensor) else tuple(item) for item in items]
     if not batches:

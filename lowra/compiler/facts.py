@@ -44,6 +44,7 @@ class Codebooks:
 
     levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; ascending.
     scales[b]: float32 [n, groups] or None where the levels carry the scale.
+    absmax: scales are the largest magnitude of their group, and follow the weight (QLoRA, LowRA).
     loss: float64 [n, len(widths)], expected cost of rounding the row (see fit-codebooks).
     """
 
@@ -53,6 +54,7 @@ class Codebooks:
     loss: Tensor
     group: int
     shared: bool
+    absmax: bool = False
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,9 @@ class _RichReporter:
         if self._open:
             self.progress.remove_task(self._id(task))
             return
+        ended = next(t for t in self.progress.tasks if t.id == task)
+        if ended.total is None:
+            self.progress.update(self._id(task), total=1, completed=1)
         self.progress.stop_task(self._id(task))
 
     @staticmethod

@@ -153,7 +153,8 @@ class FitCodebooks(Pass):
             )
             losses.append(((weight - value).double() ** 2).mean(1))
         stored = dict.fromkeys(self.widths, scales.half().float())
-        return Codebooks(self.widths, levels, stored, torch.stack(losses, dim=1), self.group, False)
+        cost = torch.stack(losses, dim=1)
+        return Codebooks(self.widths, levels, stored, cost, self.group, shared=False, absmax=True)
 
 
 def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:

@@ -74,13 +74,11 @@ class InitializeAdapters(Pass):
         books = program.fact(site.name, Codebooks)
         widths = program.fact(site.name, Precision).row_widths
         identity = torch.eye(site.k)
-        original = rotate(weight, rotation)
         b, a = closed_form(weight - base.dequantize(), identity, rank)
         for _ in range(self.iterations - 1):
             target = rotate(weight - b @ a, rotation)
-            base = quantize(
-                target, None, None, _rescaled(books, original, target), widths, rotation
-            )
+            fresh = _rescaled(books, target)
+            base = quantize(target, None, None, fresh, widths, rotation)
             b, a = closed_form(weight - base.dequantize(), identity, rank)
         return base, b, a
 
@@ -113,20 +111,14 @@ def closed_form(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]
     return (u * (root * live)).float(), (coefficients / root[:, None] * live[:, None]).float()
 
 
-def _rescaled(books: Codebooks, fitted: Tensor, weight: Tensor) -> Codebooks:
-    """The codebooks with each group's scale grown as its absmax grew from `fitted` to `weight`."""
-    if books.scales is None or books.group <= 0:
+def _rescaled(books: Codebooks, weight: Tensor) -> Codebooks:
+    """The codebooks with absmax scales taken anew from `weight`; others stay as they were fit."""
+    if books.scales is None or not books.absmax:
         return books
-    growth = _absmax(weight, books.group) / _absmax(fitted, books.group).clamp_min(1e-30)
-    scales = {width: (scale * growth).half().float() for width, scale in books.scales.items()}
-    return replace(books, scales=scales)
-
-
-def _absmax(weight: Tensor, group: int) -> Tensor:
-    """Largest magnitude [n, groups] of each group of columns."""
-    index = scale_index(weight.shape[1], group)
-    result = torch.zeros(weight.shape[0], int(index[-1]) + 1)
-    return result.scatter_reduce_(1, index.expand_as(weight), weight.abs(), "amax")
+    index = scale_index(weight.shape[1], books.group)
+    absmax = torch.zeros(weight.shape[0], int(index[-1]) + 1)
+    absmax.scatter_reduce_(1, index.expand_as(weight), weight.abs(), "amax")
+    return replace(books, scales=dict.fromkeys(books.widths, absmax.half().float()))
 
 
 def _zero_start(site: Site, rank: int, seed: int) -> tuple[Tensor, Tensor]:

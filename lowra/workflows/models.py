@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lowra.compiler.errors import ModelError
@@ -138,7 +139,7 @@ def _load_pretrained(source: str, dtype: torch.dtype) -> tuple[nn.Module, Any | 
         config = AutoConfig.from_pretrained(source)
         with _quiet_bars():
             model = _model_class(config).from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_unreadable(source, error)) from error
     return model, _load_tokenizer(source)
 

@@ -67,7 +67,7 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
 
 
 def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
-    """Least and most bits per weight that the recipe's widths and pins allow."""
+    """Least (rounded up to 0.001) and most bits per weight that widths and pins allow."""
     group, shared = recipe.layout
     fixed = recipe.widths is not None or recipe.is_paper
     widths = recipe.candidate_widths
@@ -79,7 +79,7 @@ def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
             stored = tuple({*widths, width})
             totals[end] += _site_total(site, width, stored, group, shared, recipe)
     weights = sum(site.weights for site in program.sites)
-    return totals[0] / weights, totals[1] / weights
+    return math.ceil(1000 * totals[0] / weights) / 1000, totals[1] / weights
 
 
 def _site_total(
@@ -105,5 +105,5 @@ def check_budget(program: Program, recipe: Recipe) -> None:
         pins = f" with pins {dict(recipe.pins)}" if recipe.pins else ""
         raise BudgetError(
             f"bit_budget={recipe.bit_budget:g} is out of reach{pins}: this model can be stored in "
-            f"{math.ceil(low * 1000) / 1000:.3f} to {high:.3f} bits per weight"
+            f"{low:.3f} to {high:.3f} bits per weight"
         )

@@ -116,7 +116,9 @@ def test_an_edited_tensor_is_found_by_name(copied: Copied, stack_folder: Path) -
         lowra.load(folder, stack())
 
 
-@pytest.mark.xfail(reason="checksum() hashes bytes alone: dtype and shape can be swapped for others")
+@pytest.mark.xfail(
+    reason="checksum() hashes bytes alone: dtype and shape can be swapped for others"
+)
 def test_a_tensor_stored_in_another_shape_is_found(copied: Copied, llama_folder: Path) -> None:
     """A head of 128 x 64 that stands as 64 x 128 has the same bytes."""
     folder = copied(llama_folder)

@@ -73,9 +73,7 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
         lowra.export(compiled_stack().compiled, tmp_path / "file" / "m.pt2")
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_program: Any, path: Path) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")

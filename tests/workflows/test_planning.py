@@ -173,9 +173,7 @@ def test_the_paper_counts_codes_alone() -> None:
 def test_a_refusal_names_pins_and_an_interval_that_is_one() -> None:
     with pytest.raises(BudgetError, match=r"with pins \{'\*': 8\}.*stored in ") as caught:
         plan_of(bit_budget=2, pins={"*": 8})
-    low, high = (
-        float(word) for word in str(caught.value).rsplit("stored in ")[1].split()[:3:2]
-    )
+    low, high = (float(word) for word in str(caught.value).rsplit("stored in ")[1].split()[:3:2])
     assert low <= high + 1e-3
 
 
@@ -183,12 +181,8 @@ def test_a_refusal_names_pins_and_an_interval_that_is_one() -> None:
 def test_an_interval_of_one_point_is_not_printed_upside_down() -> None:
     model = models.plain_mlp()
     with pytest.raises(BudgetError) as caught:
-        lowra.plan(
-            model, bit_budget=9, widths=(8,), example=tuple(models.tokens(model).values())
-        )
-    low, high = (
-        float(word) for word in str(caught.value).rsplit("stored in ")[1].split()[:3:2]
-    )
+        lowra.plan(model, bit_budget=9, widths=(8,), example=tuple(models.tokens(model).values()))
+    low, high = (float(word) for word in str(caught.value).rsplit("stored in ")[1].split()[:3:2])
     assert low <= high
 
 
