@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,25 @@ from torch import Tensor, nn
 
 import lowra
 from lowra.compiler.errors import LowraError
-from lowra.compiler.progress import record_stages, show_progress
+from lowra.compiler.progress import show_progress, stage
 from lowra.runtime.module_view import adapters_disabled
 from lowra.workflows.calibration import generate_calibration
 from lowra.workflows.evaluate import Evaluation, evaluate, held_out_english, sample, windows
 from lowra.workflows.models import fetch_smollm2, load_model
 
-WINDOWS, CONTEXT = 8, 512
-TRAIN_WINDOWS, TRAIN_CONTEXT, TRAIN_BATCH, LEARNING_RATE = 60, 256, 2, 3e-4
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much text goes into calibration, test and training."""
+
+    calibration: tuple[int, int] = (16384, 256)
+    test: tuple[int, int] = (8, 512)
+    train: tuple[int, int] = (60, 256)
+    train_batch: int = 2
+    sampled: int = 16
+
+
+LEARNING_RATE = 3e-4
 PROMPT = "The most important thing about a compiler is"
 console = Console()
 
@@ -39,7 +51,10 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         with show_progress():
-            run(arguments.out, arguments.bits, arguments.steps)
+            start = time.perf_counter()
+            model, tokenizer = load_model(fetch_smollm2())
+            console.print(f"loaded in {time.perf_counter() - start:.0f} s")
+            run(model, tokenizer, arguments.out, arguments.bits, arguments.steps)
     except LowraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -54,34 +69,38 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(out: Path, budgets: list[float], steps: int) -> None:
+def run(
+    model: nn.Module, tokenizer: Any, out: Path, budgets: list[float], steps: int,
+    sizes: Sizes = Sizes(),
+) -> None:  # fmt: skip
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
-    with timed(seconds, "load"):
-        model, tokenizer = load_model(fetch_smollm2())
-    test, train = split_text(tokenizer)
+    test, train = split_text(tokenizer, sizes)
+    tokens, context = sizes.calibration
     with timed(seconds, "write calibration text"):
-        calibration = generate_calibration(model, tokens=16384, context=256, seed=0)
+        calibration = generate_calibration(model, tokens=tokens, context=context, seed=0)
     with timed(seconds, "evaluate original"):
         original = evaluate(model, test, batch=1)
-    table = new_table()
+    table = new_table(sizes)
     table.add_row("original", "16", "16", megabytes(dense_bytes(model)), cells(original), "",
-                  sample(model, tokenizer, PROMPT, tokens=16))  # fmt: skip
-    trained = None
+                  sample(model, tokenizer, PROMPT, tokens=sizes.sampled))  # fmt: skip
+    compiled: dict[float, nn.Module] = {}
     for bits in budgets:
-        compressed = lowra.compile(
-            model, bit_budget=bits, calibration=calibration, work_dir=out / "work"
-        )
-        path = lowra.save(compressed, out / f"smollm2-{bits:g}bit", tokenizer=tokenizer,
-                          overwrite=True)  # fmt: skip
-        add_row(table, f"{bits:g} bits", compressed, path, model, tokenizer, test)
-        print_stages(bits, compressed)
-        trained = compressed if bits == 2.0 else trained
+        with timed(seconds, f"compile at {bits:g} bits"):
+            compiled[bits] = lowra.compile(
+                model, bit_budget=bits, calibration=calibration, calibration_tokens=tokens,
+                context=context, work_dir=out / "work",
+            )  # fmt: skip
+        print_stages(bits, compiled[bits])
+        folder = out / f"{bits:g}bit"
+        path = lowra.save(compiled[bits], folder, tokenizer=tokenizer, overwrite=True)
+        with timed(seconds, f"evaluate at {bits:g} bits"):
+            add_row(table, f"{bits:g} bits", compiled[bits], path, model, tokenizer, test, sizes)
     console.print(table)
-    if trained is not None and steps:
-        with timed(seconds, "train and evaluate"):
-            train_and_report(trained, model, train, test, steps)
-        lowra.save(trained, out / "smollm2-2bit-trained", tokenizer=tokenizer, overwrite=True)
+    near = min(budgets, key=lambda bits: abs(bits - 2))
+    with timed(seconds, "train and evaluate"):
+        train_and_report(compiled[near], near, model, train, test, steps, sizes)
+    lowra.save(compiled[near], out / f"{near:g}bit-trained", tokenizer=tokenizer, overwrite=True)
     console.print({name: round(value, 1) for name, value in seconds.items()})
     console.print(f"checkpoints are in {out}; {time.perf_counter() - begun:.0f} s in all")
 
@@ -93,17 +112,18 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start
 
 
-def split_text(tokenizer: Any) -> tuple[Tensor, Tensor]:
+def split_text(tokenizer: Any, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Windows for the test, and others, later in the same text, for training."""
     text = held_out_english()
-    test = windows(text, tokenizer, count=WINDOWS, context=CONTEXT)
+    (count, context), (train_count, train_context) = sizes.test, sizes.train
+    test = windows(text, tokenizer, count=count, context=context)
     rest = text[len(tokenizer.decode(test.reshape(-1).tolist())) + 1000 :]
-    return test, windows(rest, tokenizer, count=TRAIN_WINDOWS, context=TRAIN_CONTEXT)
+    return test, windows(rest, tokenizer, count=train_count, context=train_context)
 
 
-def new_table() -> Table:
-    title = f"SmolLM2-135M; perplexity and KL on {WINDOWS} windows of {CONTEXT} tokens of English"
-    table = Table(title=title)
+def new_table(sizes: Sizes) -> Table:
+    windows_, context = sizes.test
+    table = Table(title=f"perplexity and KL on {windows_} windows of {context} tokens of English")
     for column in ("model", "stored bits", "code bits", "size", "base: ppl / KL",
                    "with LoRA start", f"after {PROMPT!r}"):  # fmt: skip
         table.add_column(column)
@@ -112,7 +132,7 @@ def new_table() -> Table:
 
 def add_row(
     table: Table, name: str, model: nn.Module, path: Path, dense: nn.Module,
-    tokenizer: Any, test: Tensor,
+    tokenizer: Any, test: Tensor, sizes: Sizes,
 ) -> None:  # fmt: skip
     totals = model.lowra.report["totals"]
     with adapters_disabled(model):
@@ -121,7 +141,8 @@ def add_row(
     table.add_row(
         name, f"{totals['stored_bits']:.3f}", f"{totals['code_bits']:.3f}",
         megabytes(sum(f.stat().st_size for f in path.glob("model*.safetensors"))),
-        cells(base), cells(adapted), sample(model, tokenizer, PROMPT, tokens=16),
+        cells(base), cells(adapted),
+        sample(model, tokenizer, PROMPT, tokens=sizes.sampled),
     )  # fmt: skip
 
 
@@ -145,19 +166,19 @@ def print_stages(bits: float, model: nn.Module) -> None:
 
 
 def train_and_report(
-    model: nn.Module, dense: nn.Module, train: Tensor, test: Tensor, steps: int
-) -> None:
+    model: nn.Module, bits: float, dense: nn.Module, train: Tensor, test: Tensor,
+    steps: int, sizes: Sizes,
+) -> None:  # fmt: skip
     before = evaluate(model, test, reference=dense, batch=1)
-    with record_stages():
-        losses = train_lora(model, train, steps)
+    losses = train_lora(model, train, steps, sizes.train_batch)
     after = evaluate(model, test, reference=dense, batch=1)
     console.print(
-        f"{steps} steps of LoRA at 2 bits: training loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
-        f"held-out perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
+        f"{steps} steps of LoRA at {bits:g} bits: training loss {losses[0]:.3f} -> "
+        f"{losses[-1]:.3f}, held-out perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
     )
 
 
-def train_lora(model: nn.Module, tokens: Tensor, steps: int) -> list[float]:
+def train_lora(model: nn.Module, tokens: Tensor, steps: int, size: int) -> list[float]:
     """AdamW on A and B alone, kept in float32; everything else is frozen."""
     factors = [p for p in model.parameters() if p.requires_grad]
     for factor in factors:
@@ -165,15 +186,17 @@ def train_lora(model: nn.Module, tokens: Tensor, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
-    for step in range(steps):
-        start = step * TRAIN_BATCH % len(tokens)
-        batch = tokens[start : start + TRAIN_BATCH]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    with stage("train LoRA", steps) as bar:
+        for step in range(steps):
+            start = step * size % len(tokens)
+            batch = tokens[start : start + size]
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.advance()
     return losses
 
 

@@ -204,9 +204,10 @@ def _model_card(manifest: Mapping[str, Any]) -> str:
 
 
 def checksum(tensor: Tensor) -> str:
-    """sha256 over the bytes of a tensor."""
+    """sha256 over dtype, shape and bytes of a tensor, such as `int32 [5, 2]` and its bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()
+    head = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return hashlib.sha256(head.encode() + data.tobytes()).hexdigest()
 
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,508 @@
+"""The public functions: bad input is refused in words, long work resumes, nothing is left over."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowra
+from lowra.compiler.capture import capture
+from lowra.compiler.errors import (
+    BudgetError,
+    CalibrationError,
+    CaptureError,
+    OutputError,
+    PatternError,
+    RecipeError,
+    WeightError,
+)
+from lowra.compiler.program import Program
+from tests import models
+from tests.runtime.compiled_models import (
+    STACK,
+    Stack,
+    compiled_stack,
+    low_llama,
+    output,
+    stack,
+)
+
+X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+
+
+def compile_stack(model: nn.Module | None = None, **options: Any) -> Any:
+    return lowra.compile(stack() if model is None else model, **({"example": (X,)} | options))
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_there_and_no_others_are_made_up() -> None:
+    for name in lowra.__all__:
+        assert getattr(lowra, name) is not None
+    with pytest.raises(AttributeError, match="module 'lowra' has no attribute 'compres'"):
+        lowra.compres  # noqa: B018 # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("budget", "kind", "message"),
+    [
+        ("1.5", RecipeError, "bit_budget='1.5' is a str; give a number such as 1.5"),
+        (True, RecipeError, "bit_budget=True is a bool"),
+        (None, RecipeError, "bit_budget=None is a NoneType"),
+        (-1, BudgetError, "bit_budget=-1 is not a positive number"),
+        (0, BudgetError, "bit_budget=0 is not a positive number"),
+        (float("nan"), BudgetError, "bit_budget=nan is not a positive number"),
+        (float("inf"), BudgetError, "bit_budget=inf is not a positive number"),
+    ],
+)
+def test_a_bad_budget_is_refused_by_compile_and_plan(
+    budget: Any, kind: type[RecipeError], message: str
+) -> None:
+    for function in (lowra.compile, lowra.plan):
+        with pytest.raises(kind, match=message):
+            function(stack(), bit_budget=budget)
+
+
+def test_a_budget_out_of_reach_is_refused_with_the_interval() -> None:
+    for function in (lowra.compile, lowra.plan):
+        with pytest.raises(
+            BudgetError, match=r"bit_budget=0.5 is out of reach.*in 1\.\d{3} to \d+\.\d{3} bits"
+        ):
+            function(stack(), bit_budget=0.5, example=(X,))
+
+
+@pytest.mark.parametrize("recipe", [{"bit_budget": 2}, 2, "default", lowra.Recipe])
+def test_a_recipe_of_another_type_is_refused(recipe: Any) -> None:
+    with pytest.raises(RecipeError, match=r"recipe is a \w+; pass lowra\.Recipe"):
+        lowra.compile(stack(), recipe)
+
+
+def test_no_recipe_and_no_budget_is_refused() -> None:
+    with pytest.raises(RecipeError, match="a recipe needs bit_budget"):
+        lowra.compile(stack())
+
+
+def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="no field 'bit_buget'; nearest: bit_budget"):
+        lowra.compile(stack(), bit_buget=2)
+
+
+def test_options_go_before_the_fields_of_a_recipe() -> None:
+    recipe = lowra.Recipe(bit_budget=100, rank=4)
+    compiled = compile_stack(recipe=recipe, rank=2)
+    assert compiled.lowra.recipe["rank"] == 2
+    assert compiled.lowra.recipe["bit_budget"] == 100
+    assert recipe.rank == 4
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(RecipeError, match="compiled already; compile the dense model instead"):
+        lowra.compile(compiled_stack().compiled, bit_budget=2)
+
+
+@pytest.mark.xfail(reason="plan does not look for a compile; it finds no linears and says so")
+def test_a_compiled_model_is_not_planned_again() -> None:
+    with pytest.raises(RecipeError, match="compiled already"):
+        lowra.plan(compiled_stack().compiled, bit_budget=2, example=(X,))
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x)
+
+
+@pytest.mark.parametrize("model", [Convolution(), nn.Embedding(4, 4), nn.ReLU()])
+def test_a_model_without_linears_is_refused(model: nn.Module) -> None:
+    with pytest.raises(CaptureError, match="the model has no linear weights to compress"):
+        lowra.compile(model, bit_budget=2)
+
+
+def test_a_refusal_for_want_of_linears_says_what_there_was() -> None:
+    with pytest.raises(CaptureError, match=r"\(convolution.weight: a tensor of 3 axes"):
+        lowra.compile(Convolution(), bit_budget=2)
+
+
+def test_ignoring_everything_leaves_nothing_to_compress() -> None:
+    with pytest.raises(CaptureError, match="no linear weights.*ignored by the recipe"):
+        compile_stack(bit_budget=2, ignore="*")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_layer_and_place(value: float) -> None:
+    model = stack()
+    with torch.no_grad():
+        model.middle.weight[3, 5] = value
+    with pytest.raises(WeightError, match=rf"middle: weight\[3, 5\] is {value}; 1 values are not"):
+        compile_stack(model, bit_budget=2)
+
+
+def test_a_weight_that_is_not_finite_may_be_left_out() -> None:
+    model = stack()
+    with torch.no_grad():
+        model.middle.weight[3, 5] = float("inf")
+    with pytest.raises(CalibrationError, match="the input of last is not finite"):
+        compile_stack(model, bit_budget=100, ignore="middle")
+    compiled = lowra.compile(model, bit_budget=100, ignore="middle", rank=2)
+    assert [site.name for site in compiled.lowra.sites] == ["first", "last"]
+
+
+@pytest.mark.parametrize("option", ["include", "ignore"])
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(option: str) -> None:
+    with pytest.raises(
+        PatternError, match=f"{option}='frist' matches no weight; nearest: first"
+    ):
+        compile_stack(bit_budget=2, **{option: "frist"})
+
+
+def test_a_pin_that_matches_nothing_is_refused_with_the_nearest() -> None:
+    with pytest.raises(PatternError, match="pins='mid' matches no weight; nearest: middle"):
+        compile_stack(bit_budget=2, pins={"mid": 4})
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(PatternError, match="is no regular expression"):
+        compile_stack(bit_budget=2, ignore="re:(")
+
+
+def test_globs_and_regular_expressions_choose_sites() -> None:
+    for pattern in ("m*", "re:^mid"):
+        compiled = compile_stack(bit_budget=100, ignore=pattern, rank=2)
+        assert [site.name for site in compiled.lowra.sites] == ["first", "last"]
+        assert compiled.lowra.report["skipped"] == [
+            {"name": "middle.weight", "shape": [96, 64], "reason": "ignored by the recipe"}
+        ]
+
+
+@pytest.mark.xfail(reason="a Skipped names the weight; patterns are matched on the module's name")
+def test_the_name_that_a_skipped_weight_is_listed_by_can_be_included() -> None:
+    """GPT-2's head is listed as transformer.wte.weight, with the advice to include it."""
+    model = models.tiny_gpt2()
+    skipped = lowra.plan(model, bit_budget=100).skipped
+    name = next(s["name"] for s in skipped if "include it" in s["reason"])
+    assert "lm_head" in [s["name"] for s in lowra.plan(model, bit_budget=100, include=name).sites]
+
+
+@pytest.mark.xfail(reason="compiled() reads __dict__ of whatever it is given: AttributeError")
+@pytest.mark.parametrize("model", ["gpt2", None, 3])
+def test_what_is_no_module_is_refused(model: Any) -> None:
+    with pytest.raises(lowra.LowraError):
+        lowra.compile(model, bit_budget=2)
+
+
+# --- calibration --------------------------------------------------------------------------------
+
+
+@functools.cache
+def program_of_llama() -> Program:
+    with torch.no_grad():
+        return capture(low_llama().dense)
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace of the llama is long beside what these tests look at; it is made once."""
+    monkeypatch.setattr("lowra.api.capture", lambda _model, _example: program_of_llama())
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(3, models.VOCAB, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (ids(64), r"has shape \[64\]: give \[windows, context\]"),
+        (ids(2, 2, 8), r"has shape \[2, 2, 8\]"),
+        (ids(0, 8), r"has shape \[0, 8\]"),
+        (ids(2, 0), r"has shape \[2, 0\]"),
+        (ids(2, 8).float(), "has dtype torch.float32: give token ids, as int64"),
+        (ids(2, 8).bool(), "has dtype torch.bool"),
+        (torch.full((2, 8), models.VOCAB), r"the id 128 at \[0, 0\], outside the model's 0..127"),
+        (torch.full((2, 8), -1), r"the id -1 at \[0, 0\], outside"),
+        ([], "calibration data is empty"),
+        (["some text"], "text needs a tokenizer"),
+        ("text.pdf", "is not the path of a .txt file"),
+        ("missing.txt", "cannot read the calibration file"),
+        (5, "calibration is a int"),
+        ([{"labels": [1, 2]}], 'item 0 has no "input_ids"'),
+    ],
+    ids=str,
+)
+def test_bad_token_calibration_is_refused(calibration: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        lowra.compile(low_llama().dense, bit_budget=3, calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "calibration is empty"),
+        (torch.zeros(0, 64), "must be non-empty tensors"),
+        ([(X, X)], "a calibration batch has 2 tensors; the model takes 1: input_0"),
+        (["text"], "must be non-empty tensors"),
+        (torch.full((2, 64), float("nan")), "the input of first is not finite"),
+    ],
+    ids=["empty", "no-rows", "too-many", "text", "nan"],
+)
+def test_bad_tensor_calibration_is_refused(calibration: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        compile_stack(bit_budget=6, calibration=calibration)
+
+
+@pytest.mark.xfail(reason="the batch goes into the graph unchecked; list() of an int is a TypeError")
+@pytest.mark.parametrize(
+    "calibration",
+    [torch.zeros(2, 8, 63), torch.zeros(2, 8, 64, dtype=torch.int64), 5],
+    ids=["width", "dtype", "int"],
+)
+def test_tensor_calibration_that_the_model_cannot_take_is_refused(calibration: Any) -> None:
+    with pytest.raises(CalibrationError):
+        compile_stack(bit_budget=6, calibration=calibration)
+
+
+def test_calibration_in_the_preset_that_reads_none_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="preset 'lowra' is data-free"):
+        compile_stack(bit_budget=2, preset="lowra", calibration=X)
+
+
+def test_calibration_changes_the_result_and_its_order_of_batches_does_not_matter_much() -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(4, 64, generator=generator) * scale for scale in (0.1, 3)]
+    one, two, other = (
+        compile_stack(bit_budget=3.5, rank=2, calibration=data)
+        for data in (batches, batches[::-1], [X])
+    )
+    assert one.lowra.report["calibration_tokens"] == 8
+    torch.testing.assert_close(one.first.weight, two.first.weight, rtol=0, atol=0.05)
+    assert not torch.equal(one.first.weight, other.first.weight)
+
+
+def test_a_model_that_cannot_write_its_own_text_is_compiled_data_free(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from tests.runtime.compiled_models import end_to_end
+
+    assert end_to_end("tiny_bert").compiled.lowra.report["calibration_tokens"] == 0  # pyright: ignore
+    with caplog.at_level("WARNING", logger="lowra"):
+        lowra.compile(stack(), bit_budget=6, rank=2)
+    assert "captured from the module tree, without a graph: no example inputs" in caplog.text
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+class Work:
+    """Counts model runs of collect-statistics and sites of quantize-weights."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.statistics = self.quantized = 0
+        self.stop_at = 0
+        from lowra.passes import collect_statistics, quantize_weights
+
+        run, quantize = collect_statistics._Runner.run, quantize_weights.quantize
+
+        def counted_run(*args: Any, **kwargs: Any) -> None:
+            self.statistics += 1
+            run(*args, **kwargs)
+
+        def counted_quantize(*args: Any, **kwargs: Any) -> Any:
+            self.quantized += 1
+            if self.quantized == self.stop_at:
+                raise KeyboardInterrupt
+            return quantize(*args, **kwargs)
+
+        monkeypatch.setattr(collect_statistics._Runner, "run", counted_run)
+        monkeypatch.setattr(quantize_weights, "quantize", counted_quantize)
+
+    def reset(self) -> None:
+        self.statistics = self.quantized = 0
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
+    yield Work(monkeypatch)
+
+
+def bytes_of(model: nn.Module, folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in lowra.save(model, folder).glob("*.safetensors")}
+
+
+def test_a_second_compile_in_one_work_dir_runs_no_model_and_quantizes_nothing(
+    tmp_path: Path, work: Work
+) -> None:
+    first = compile_stack(**STACK, work_dir=tmp_path / "work")
+    assert work.statistics > 0
+    assert work.quantized == 3
+    work.reset()
+    second = compile_stack(**STACK, work_dir=str(tmp_path / "work"))
+    assert (work.statistics, work.quantized) == (0, 0)
+    assert bytes_of(first, tmp_path / "one") == bytes_of(second, tmp_path / "two")
+
+
+def test_an_interrupted_compile_goes_on_where_it_stopped_and_gives_the_same_bytes(
+    tmp_path: Path, work: Work
+) -> None:
+    work.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        compile_stack(**STACK, work_dir=tmp_path / "work")
+    work.stop_at = 0
+    work.reset()
+    resumed = compile_stack(**STACK, work_dir=tmp_path / "work")
+    assert (work.statistics, work.quantized) == (0, 1)
+    whole = compile_stack(**STACK)
+    assert bytes_of(resumed, tmp_path / "one") == bytes_of(whole, tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("change", "statistics", "quantized"),
+    [
+        ({"bit_budget": 100}, False, True),
+        ({"seed": 1}, False, True),
+        ({"rank": 2}, False, False),
+        ({"calibration": [X + 1]}, True, True),
+    ],
+    ids=str,
+)
+def test_what_a_change_touches_is_computed_again_and_nothing_else(
+    tmp_path: Path, work: Work, change: dict[str, Any], statistics: bool, quantized: bool
+) -> None:
+    compile_stack(**STACK, work_dir=tmp_path)
+    work.reset()
+    compile_stack(**{**STACK, **change}, work_dir=tmp_path)
+    assert (work.statistics > 0, work.quantized > 0) == (statistics, quantized)
+
+
+def test_another_model_takes_nothing_from_the_work_dir(tmp_path: Path, work: Work) -> None:
+    compile_stack(**STACK, work_dir=tmp_path)
+    work.reset()
+    other = stack()
+    with torch.no_grad():
+        other.norm.weight.add_(1)
+    compile_stack(other, **STACK, work_dir=tmp_path)
+    assert work.statistics > 0
+    assert work.quantized == 3
+
+
+def test_a_work_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="for work files"):
+        compile_stack(**STACK, work_dir=tmp_path / "file" / "work")
+
+
+@pytest.mark.xfail(reason="Spill.tensors and StoredTensor.load let SafetensorError through")
+def test_a_damaged_work_file_is_made_again_or_refused_in_words(tmp_path: Path) -> None:
+    compile_stack(**STACK, work_dir=tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    try:
+        compile_stack(**STACK, work_dir=tmp_path)
+    except lowra.LowraError:
+        pass
+
+
+def test_without_a_work_dir_no_work_files_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    compiled = compile_stack(**STACK)
+    gc.collect()
+    assert not list(tmp_path.glob("lowra-*"))
+    assert output(compiled, {"x": X}).shape == (2, 8, 32)
+
+
+@pytest.mark.xfail(reason="the temporary folder is left to the garbage collector, which warns")
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_compile_closes_its_work_files_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned: list[object] = []
+    warn: Callable[..., None] = __import__("warnings").warn
+
+    def noted(message: object, *args: Any, **kwargs: Any) -> None:
+        if "Implicitly cleaning up" in str(message):
+            cleaned.append(message)
+        else:
+            warn(message, *args, **kwargs)
+
+    monkeypatch.setattr("warnings.warn", noted)
+    compile_stack(**STACK)
+    gc.collect()
+    assert not cleaned
+
+
+# --- what a compiled model carries --------------------------------------------------------------
+
+
+def test_a_compiled_model_carries_graph_text_plan_recipe_and_report() -> None:
+    compiled: Any = compiled_stack().compiled
+    info = compiled.lowra
+    assert "lowra.quantized_linear_lora" in info.text()
+    assert str(info.graph.code).count("quantized_linear_lora") == 3
+    assert info.recipe == lowra.Recipe(**STACK).to_dict()
+    assert len(info.fingerprint) == 64
+    json.dumps([dict(info.plan), dict(info.recipe), dict(info.report)])
+
+
+def test_a_compile_without_a_graph_has_text_and_no_graph() -> None:
+    info = lowra.compile(stack(), bit_budget=6, rank=2).lowra
+    assert info.graph is None
+    assert "module tree, no dataflow: no example inputs" in info.text()
+
+
+def test_the_fingerprint_is_that_of_the_dense_base() -> None:
+    other = stack()
+    with torch.no_grad():
+        other.last.bias.add_(1)
+    base: Any = compiled_stack().compiled
+    assert capture(stack()).fingerprint == base.lowra.fingerprint
+    assert capture(other).fingerprint != base.lowra.fingerprint
+
+
+def test_an_example_may_be_given_by_name() -> None:
+    compiled: Any = compile_stack(example={"x": X}, bit_budget=100, rank=2)
+    assert compiled.lowra.program.inputs == ("x",)
+    torch.testing.assert_close(
+        lowra.Session(compiled)(x=X), output(compiled, {"x": X}), rtol=0, atol=1e-5
+    )
+
+
+def test_a_compile_is_independent_of_the_random_state_and_leaves_it_alone() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    compiled = compile_stack(**STACK)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    again = compile_stack(**STACK)
+    for name, tensor in compiled.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_a_model_in_training_mode_is_compiled_as_in_evaluation_mode() -> None:
+    """Dropout must not enter the statistics, and the flag comes back."""
+
+    class Dropping(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    quiet, loud = Dropping().eval(), Dropping().train()
+    loud.load_state_dict(quiet.state_dict())
+    first, second = (compile_stack(model, bit_budget=3.5, rank=2) for model in (quiet, loud))
+    assert loud.training and second.training and not first.training
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
