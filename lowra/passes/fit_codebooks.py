@@ -53,9 +53,23 @@ class FitCodebooks(Pass):
         moments = MomentsReader(program)
         with stage("codebooks", len(program.sites)) as bar:
             for site in program.sites:
-                facts[site.name] = [self._fit(program, site, moments)]
+                facts[site.name] = [self._kept(program, site, moments)]
                 bar.advance()
         return program.with_facts(facts)
+
+    def _kept(self, program: Program, site: Site, moments: MomentsReader) -> Codebooks:
+        """The fit of a site, from the spill folder where an earlier compile left it."""
+        statistics = program.fact(site.name, Statistics)
+        sources = (str(s and s.path.name) for s in (statistics.gram, statistics.sensitivity))
+        rotation = str(program.fact(site.name, Rotation))
+        key = (str(self), program.fingerprint, rotation, *sources, site.name)
+        stored = program.spill.tensors(key, lambda: _flat(self._fit(program, site, moments)))
+        scales = {b: stored[f"scales.{b}"] for b in self.widths if f"scales.{b}" in stored}
+        return Codebooks(
+            self.widths, {b: stored[f"levels.{b}"] for b in self.widths}, scales or None,
+            stored["loss"], self.group, self.shared and self.rule != "paper",
+            absmax=self.rule == "paper",
+        )  # fmt: skip
 
     def _fit(self, program: Program, site: Site, reader: MomentsReader) -> Codebooks:
         rotation = program.fact(site.name, Rotation)
@@ -155,6 +169,14 @@ class FitCodebooks(Pass):
         stored = dict.fromkeys(self.widths, scales.half().float())
         cost = torch.stack(losses, dim=1)
         return Codebooks(self.widths, levels, stored, cost, self.group, shared=False, absmax=True)
+
+
+def _flat(books: Codebooks) -> dict[str, Tensor]:
+    """Codebooks as named tensors."""
+    scales = {f"scales.{b}": scale.clone() for b, scale in (books.scales or {}).items()}
+    return (
+        {f"levels.{b}": table for b, table in books.levels.items()} | scales | {"loss": books.loss}
+    )
 
 
 def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:
