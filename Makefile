@@ -10,7 +10,7 @@ BIN := .venv/bin
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1: \2/p' Makefile
 
-demo: .venv/.lowra-test ## compress a tiny model and show what came of it
+demo: .venv/.lowra-test ## compress SmolLM2-135M and show what came of it
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/.lowra-test ## run the tests that need no GPU and little time

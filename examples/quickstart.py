@@ -9,6 +9,7 @@ that it writes itself; perplexity and KL are measured on Python's own language r
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from lowra.compiler.errors import LowraError
 from lowra.compiler.progress import show_progress, stage
 from lowra.runtime.module_view import adapters_disabled
 from lowra.workflows.calibration import generate_calibration
-from lowra.workflows.evaluate import Evaluation, evaluate, held_out_english, sample, windows
+from lowra.workflows.evaluate import evaluate, held_out_english, sample, windows
 from lowra.workflows.models import fetch_smollm2, load_model
 
 
@@ -73,17 +74,13 @@ def run(
     model: nn.Module, tokenizer: Any, out: Path, budgets: list[float], steps: int,
     sizes: Sizes = Sizes(),
 ) -> None:  # fmt: skip
-    begun = time.perf_counter()
     seconds: dict[str, float] = {}
     test, train = split_text(tokenizer, sizes)
     tokens, context = sizes.calibration
     with timed(seconds, "write calibration text"):
         calibration = generate_calibration(model, tokens=tokens, context=context, seed=0)
     with timed(seconds, "evaluate original"):
-        original = evaluate(model, test, batch=1)
-    table = new_table(sizes)
-    table.add_row("original", "16", "16", megabytes(dense_bytes(model)), cells(original), "",
-                  sample(model, tokenizer, PROMPT, tokens=sizes.sampled))  # fmt: skip
+        rows = [original_row(model, tokenizer, test, sizes)]
     compiled: dict[float, nn.Module] = {}
     for bits in budgets:
         with timed(seconds, f"compile at {bits:g} bits"):
@@ -95,14 +92,18 @@ def run(
         folder = out / f"{bits:g}bit"
         path = lowra.save(compiled[bits], folder, tokenizer=tokenizer, overwrite=True)
         with timed(seconds, f"evaluate at {bits:g} bits"):
-            add_row(table, f"{bits:g} bits", compiled[bits], path, model, tokenizer, test, sizes)
-    console.print(table)
+            rows.append(compressed_row(bits, compiled[bits], path, model, tokenizer, test, sizes))
+    console.print(table_of(rows, sizes))
     near = min(budgets, key=lambda bits: abs(bits - 2))
     with timed(seconds, "train and evaluate"):
-        train_and_report(compiled[near], near, model, train, test, steps, sizes)
+        training = train_and_score(compiled[near], model, train, test, steps, sizes)
+    console.print(f"LoRA at {near:g} bits: {describe(training)}")
     lowra.save(compiled[near], out / f"{near:g}bit-trained", tokenizer=tokenizer, overwrite=True)
+    seconds["total"] = sum(seconds.values())
+    document = {"rows": rows, "training": training | {"bits": near}, "seconds": seconds}
+    (out / "demo.json").write_text(json.dumps(document, indent=1) + "\n")
     console.print({name: round(value, 1) for name, value in seconds.items()})
-    console.print(f"checkpoints are in {out}; {time.perf_counter() - begun:.0f} s in all")
+    console.print(f"checkpoints and demo.json are in {out}")
 
 
 @contextmanager
@@ -121,42 +122,49 @@ def split_text(tokenizer: Any, sizes: Sizes) -> tuple[Tensor, Tensor]:
     return test, windows(rest, tokenizer, count=train_count, context=train_context)
 
 
-def new_table(sizes: Sizes) -> Table:
-    windows_, context = sizes.test
-    table = Table(title=f"perplexity and KL on {windows_} windows of {context} tokens of English")
-    for column in ("model", "stored bits", "code bits", "size", "base: ppl / KL",
-                   "with LoRA start", f"after {PROMPT!r}"):  # fmt: skip
-        table.add_column(column)
-    return table
+def original_row(model: nn.Module, tokenizer: Any, test: Tensor, sizes: Sizes) -> dict[str, Any]:
+    result = evaluate(model, test, batch=1)
+    return {
+        "model": "original", "stored_bits": 16.0, "code_bits": 16.0,
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "perplexity": result.perplexity, "kl": 0.0,
+        "sample": sample(model, tokenizer, PROMPT, tokens=sizes.sampled),
+    }  # fmt: skip
 
 
-def add_row(
-    table: Table, name: str, model: nn.Module, path: Path, dense: nn.Module,
-    tokenizer: Any, test: Tensor, sizes: Sizes,
-) -> None:  # fmt: skip
+def compressed_row(
+    bits: float, model: nn.Module, path: Path, dense: nn.Module, tokenizer: Any,
+    test: Tensor, sizes: Sizes,
+) -> dict[str, Any]:  # fmt: skip
     totals = model.lowra.report["totals"]
     with adapters_disabled(model):
         base = evaluate(model, test, reference=dense, batch=1)
     adapted = evaluate(model, test, reference=dense, batch=1)
-    table.add_row(
-        name, f"{totals['stored_bits']:.3f}", f"{totals['code_bits']:.3f}",
-        megabytes(sum(f.stat().st_size for f in path.glob("model*.safetensors"))),
-        cells(base), cells(adapted),
-        sample(model, tokenizer, PROMPT, tokens=sizes.sampled),
-    )  # fmt: skip
+    return {
+        "model": f"{bits:g} bits", "stored_bits": totals["stored_bits"],
+        "code_bits": totals["code_bits"],
+        "bytes": sum(f.stat().st_size for f in path.glob("model*.safetensors")),
+        "perplexity": base.perplexity, "kl": base.kl,
+        "perplexity_with_adapter": adapted.perplexity, "kl_with_adapter": adapted.kl,
+        "sample": sample(model, tokenizer, PROMPT, tokens=sizes.sampled),
+    }  # fmt: skip
 
 
-def cells(result: Evaluation) -> str:
-    divergence = "" if result.kl is None else f" / {result.kl:.3f}"
-    return f"{result.perplexity:.2f}{divergence}"
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
-
-
-def dense_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def table_of(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
+    count, context = sizes.test
+    table = Table(title=f"perplexity and KL on {count} windows of {context} tokens of English")
+    for column in ("model", "stored bits", "code bits", "size", "base: ppl / KL",
+                   "with LoRA start", f"after {PROMPT!r}"):  # fmt: skip
+        table.add_column(column)
+    for row in rows:
+        adapted = row.get("perplexity_with_adapter")
+        table.add_row(
+            row["model"], f"{row['stored_bits']:.3f}", f"{row['code_bits']:.3f}",
+            f"{row['bytes'] / 1e6:.0f} MB", f"{row['perplexity']:.2f} / {row['kl']:.3f}",
+            "" if adapted is None else f"{adapted:.2f} / {row['kl_with_adapter']:.3f}",
+            row["sample"].replace("\n", " "),
+        )  # fmt: skip
+    return table
 
 
 def print_stages(bits: float, model: nn.Module) -> None:
@@ -165,16 +173,23 @@ def print_stages(bits: float, model: nn.Module) -> None:
     console.print(f"{bits:g} bits compiled in {spent['total']:.0f} s ({steps})")
 
 
-def train_and_report(
-    model: nn.Module, bits: float, dense: nn.Module, train: Tensor, test: Tensor,
-    steps: int, sizes: Sizes,
-) -> None:  # fmt: skip
+def train_and_score(
+    model: nn.Module, dense: nn.Module, train: Tensor, test: Tensor, steps: int, sizes: Sizes
+) -> dict[str, Any]:
     before = evaluate(model, test, reference=dense, batch=1)
     losses = train_lora(model, train, steps, sizes.train_batch)
     after = evaluate(model, test, reference=dense, batch=1)
-    console.print(
-        f"{steps} steps of LoRA at {bits:g} bits: training loss {losses[0]:.3f} -> "
-        f"{losses[-1]:.3f}, held-out perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
+    return {
+        "steps": steps, "loss_first": losses[0], "loss_last": losses[-1],
+        "perplexity_before": before.perplexity, "perplexity_after": after.perplexity,
+    }  # fmt: skip
+
+
+def describe(training: dict[str, Any]) -> str:
+    return (
+        f"{training['steps']} training steps, loss {training['loss_first']:.3f} -> "
+        f"{training['loss_last']:.3f}, held-out perplexity {training['perplexity_before']:.2f} -> "
+        f"{training['perplexity_after']:.2f}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx
+from torch import fx
 
 import lowra
 from lowra.runtime.module_view import quantized_linears
@@ -69,6 +69,31 @@ def test_the_program_holds_no_dense_weight_of_a_site(case: Case) -> None:
     assert nodes.count("lowra.quantized_linear_lora.default") == uses
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.xfail(
+                    reason="the trace holds torch.ops.transformers.grouped_mm_fallback; capture "
+                    "must switch the experts' implementation"
+                )
+            ]
+            if name == "tiny_mixtral"
+            else [],
+        )
+        for name in END_TO_END
+    ],
+)
+def test_the_program_calls_no_op_of_another_library(name: str) -> None:
+    """An archive with such an op cannot be loaded where that library is not imported."""
+    program = cast("Any", end_to_end(name).compiled).lowra.program
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    spaces = {target.namespace for target in calls if hasattr(target, "namespace")}
+    assert spaces <= {"aten", "lowra", "prims"}
+
+
 def test_a_saved_model_comes_back_with_exactly_equal_outputs(case: Case, tmp_path: Path) -> None:
     loaded = lowra.load(lowra.save(case.compiled, tmp_path / "saved"), case.skeleton)
     assert type(loaded) is type(case.dense)
@@ -102,6 +127,7 @@ def test_the_session_refuses_or_continues_as_the_model_does() -> None:
 
 # --- exported archives, run where there is no transformers ---------------------------------------
 
+EXPORTED = [name for name in END_TO_END if name != "tiny_mixtral"]
 ALONE = """
 import sys
 import torch
@@ -113,19 +139,22 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 for archive in sorted(folder.glob("*.pt2")):
     inputs = load_file(archive.with_suffix(".inputs"))
-    module = torch.export.load(archive).module()
-    with torch.no_grad():
-        logits = module(*(inputs[name] for name in sorted(inputs)))
-    save_file({"logits": logits.contiguous()}, archive.with_suffix(".outputs"))
+    try:
+        module = torch.export.load(archive).module()
+        with torch.no_grad():
+            logits = module(*(inputs[name] for name in sorted(inputs)))
+        save_file({"logits": logits.contiguous()}, archive.with_suffix(".outputs"))
+    except Exception as error:
+        archive.with_suffix(".error").write_text(repr(error))
 assert "transformers" not in sys.modules, "transformers was imported"
 """
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The outputs of every exported model, computed by one fresh process."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the outputs of every exported model, computed by one fresh process."""
     folder = tmp_path_factory.mktemp("exported")
-    for name in END_TO_END:
+    for name in EXPORTED:
         made = end_to_end(name)
         lowra.export(made.compiled, folder / f"{name}.pt2")
         ordered = {str(index): t for index, t in enumerate(made.inputs.values())}
@@ -135,13 +164,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         cwd=REPO, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return {name: load_file(folder / f"{name}.outputs")["logits"] for name in END_TO_END}
+    return folder
 
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
-@pytest.mark.parametrize("name", END_TO_END)
+@pytest.mark.parametrize(
+    "name",
+    EXPORTED,
+)
 def test_an_exported_model_gives_equal_outputs_without_transformers(
-    alone: dict[str, Tensor], name: str
+    alone: Path, name: str
 ) -> None:
+    error = alone / f"{name}.error"
+    assert not error.exists(), error.read_text()
     made = end_to_end(name)
-    torch.testing.assert_close(alone[name], output(made.compiled, made.inputs), rtol=0, atol=1e-5)
+    logits = load_file(alone / f"{name}.outputs")["logits"]
+    assert torch.equal(logits, output(made.compiled, made.inputs))

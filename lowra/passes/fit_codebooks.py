@@ -20,6 +20,9 @@ from lowra.passes.lloyd import Fit, SortedRows, fit_rows, fit_shared, gaussian_l
 from lowra.passes.moments import InputMoments, MomentsReader
 from lowra.passes.quantizer import output_error, row_tables
 
+FINE_ITERATIONS = 3
+"""Iterations at 8 bits, where Gaussian levels with fitted scales leave nothing to win."""
+
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""
 
@@ -118,7 +121,7 @@ class FitCodebooks(Pass):
     def _lloyd(self, rows: SortedRows, width: int) -> Fit:
         start = gaussian_levels(width)
         if self.shared:
-            return fit_shared(rows, start)
+            return fit_shared(rows, start, FINE_ITERATIONS if width == 8 else 60)
         mass = rows.mass[:, -1:].clamp_min(1e-300)
         spread = (rows.energy.unsqueeze(1) / mass).sqrt()
         return fit_rows(rows, start * spread)

@@ -120,6 +120,12 @@ def one_layer_llama() -> LlamaForCausalLM:
 
 
 @functools.cache
+def half_llama() -> Case:
+    """A llama of one layer that computes in bfloat16."""
+    return compile_case(lambda: models.tiny_llama(layers=1).to(torch.bfloat16), **EIGHT)
+
+
+@functools.cache
 def tied_llama() -> Case:
     """A llama with a tied head, which is skipped."""
     return compile_case(lambda: models.tiny_llama(tied=True, layers=1), **EIGHT)

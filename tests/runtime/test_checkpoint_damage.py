@@ -119,8 +119,8 @@ def test_an_edited_tensor_is_found_by_name(copied: Copied, stack_folder: Path) -
 @pytest.mark.xfail(
     reason="checksum() hashes bytes alone: dtype and shape can be swapped for others"
 )
-def test_a_tensor_stored_in_another_shape_is_found(copied: Copied, llama_folder: Path) -> None:
-    """A head of 128 x 64 that stands as 64 x 128 has the same bytes."""
+def test_a_tensor_stored_in_another_dtype_is_found(copied: Copied, llama_folder: Path) -> None:
+    """Zeros, say, are the same bytes in either dtype."""
     folder = copied(llama_folder)
     path = folder / FILES[0]
     data = path.read_bytes()
@@ -128,7 +128,7 @@ def test_a_tensor_stored_in_another_shape_is_found(copied: Copied, llama_folder:
     path.write_bytes(
         data.replace(
             b'"lm_head.weight":{"dtype":"F32","shape":[128,64]',
-            b'"lm_head.weight":{"dtype":"I32","shape":[64,128]',
+            b'"lm_head.weight":{"dtype":"I32","shape":[128,64]',
         )
     )
     with pytest.raises(CheckpointError, match="lm_head"):
@@ -217,13 +217,7 @@ UNCAUGHT = pytest.mark.xfail(
 
 @pytest.mark.parametrize(
     "key",
-    [
-        "sites",
-        *(
-            pytest.param(key, marks=UNCAUGHT)
-            for key in ("checksums", "fingerprint", "recipe", "plan", "report")
-        ),
-    ],
+    ["sites", "checksums", "fingerprint", "recipe", "plan", "report"],
 )
 def test_a_manifest_that_lacks_a_part_is_refused(
     copied: Copied, stack_folder: Path, key: str
@@ -249,7 +243,7 @@ def test_a_manifest_that_lacks_a_part_is_refused(
         ("dtype", None),
         pytest.param("modules", [], marks=UNCAUGHT),
         pytest.param("modules", ["nowhere"], marks=UNCAUGHT),
-        pytest.param("modules", ["last"], marks=UNCAUGHT),
+        ("modules", ["last"]),
         ("embeddings", ["first"]),
         ("rank", -1),
         ("rank", 0),

@@ -14,12 +14,11 @@ from lowra.runtime.module_view import adapters_disabled, quantized_linears
 from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear
 from tests import models
 from tests.runtime.compiled_models import (
-    EIGHT,
-    SMALL,
     Case,
     compile_case,
     compiled_stack,
     end_to_end,
+    half_llama,
     low_llama,
     output,
     stack,
@@ -177,12 +176,10 @@ def test_rank_zero_makes_a_model_without_trainable_parameters() -> None:
 
 
 def test_a_bfloat16_model_computes_in_bfloat16() -> None:
-    dense = models.tiny_llama(layers=1).to(torch.bfloat16)
-    compiled = lowra.compile(dense, **{**SMALL, **EIGHT})
-    logits = output(compiled, models.tokens(dense))
+    case = half_llama()
+    logits, expected = output(case.compiled, case.inputs), output(case.dense, case.inputs)
     assert logits.dtype == torch.bfloat16
-    expected = output(dense, models.tokens(dense))
     assert (logits - expected).float().norm() < 0.03 * expected.float().norm()
-    layer = cast("Any", compiled).model.layers[0].self_attn.q_proj
+    layer = cast("Any", case.compiled).model.layers[0].self_attn.q_proj
     assert layer.lora_A.dtype == torch.bfloat16
     assert layer.codebooks.dtype == torch.float16

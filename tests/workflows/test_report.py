@@ -95,7 +95,7 @@ def test_the_error_of_a_site_is_its_relative_output_error() -> None:
     case = compiled_stack()
     dense, compiled = (m.get_submodule("first") for m in (case.dense, case.compiled))
     x = case.inputs["x"].reshape(-1, 64).double()
-    weight = dense.weight.double()
+    weight = dense.weight.detach().double()
     base = x @ (weight - compiled.stored().dequantize().double()).T  # pyright: ignore
     expected = float(base.square().sum() / (x @ weight.T).square().sum())
     assert report_of(case)["sites"][0]["error"] == pytest.approx(expected, rel=1e-3)

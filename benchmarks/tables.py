@@ -1,0 +1,79 @@
+"""Put the committed results into README.md, between their markers.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_file import FOLDER
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def main() -> None:
+    text = README.read_text()
+    for name, render in (("quality", quality), ("demo", demo)):
+        path = FOLDER / f"{name}.json"
+        if path.exists():
+            block = "\n".join(render(json.loads(path.read_text())))
+            start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+            text = re.sub(f"{start}.*?{end}", f"{start}\n{block}\n{end}", text, flags=re.DOTALL)
+    README.write_text(text)
+
+
+def quality(data: dict[str, Any]) -> Iterator[str]:
+    """Perplexity by stored bits."""
+    protocol, where = data["protocol"], data["environment"]
+    original = next(row for row in data["rows"] if row["preset"] == "original")
+    yield (
+        f"{protocol['model']}, {protocol['test']}, {protocol['windows']} windows of "
+        f"{protocol['context']} tokens, {protocol['compressed']}, no fine-tuning; calibrated on "
+        f"{protocol['calibration']}. The original: {original['perplexity']:.2f}. "
+        f"({where['date']}, torch {where['torch']}, `benchmarks/results/quality.json`.)"
+    )
+    yield ""
+    yield "| preset | budget | stored bits | code bits | perplexity | KL | with LoRA start |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in data["rows"]:
+        if row["preset"] == "original":
+            continue
+        if row.get("unreachable"):
+            yield f"| {row['preset']} | {row['bit_budget']:g} | out of reach | | | | |"
+            continue
+        yield (
+            f"| {row['preset']} | {row['bit_budget']:g} | {row['stored_bits']:.3f} | "
+            f"{row['code_bits']:.3f} | {row['perplexity']:,.2f} | {row['kl']:.3f} | "
+            f"{row['perplexity_with_adapter']:,.2f} |"
+        )
+
+
+def demo(data: dict[str, Any]) -> Iterator[str]:
+    """What `make demo` printed."""
+    yield "What `make demo` prints, on 2 CPU cores (`benchmarks/results/demo.json`):"
+    yield ""
+    yield "| model | stored bits | file | perplexity | KL | with LoRA start |"
+    yield "|---|---|---|---|---|---|"
+    for row in data["rows"]:
+        adapted = row.get("perplexity_with_adapter")
+        yield (
+            f"| {row['model']} | {row['stored_bits']:.3f} | {row['bytes'] / 1e6:.0f} MB | "
+            f"{row['perplexity']:.2f} | {row['kl']:.3f} | "
+            f"{'' if adapted is None else format(adapted, '.2f')} |"
+        )
+    training, seconds = data["training"], data["seconds"]["total"]
+    yield ""
+    yield (
+        f"Then {training['steps']} steps of LoRA at {training['bits']:g} bits: held-out perplexity "
+        f"{training['perplexity_before']:.2f} to {training['perplexity_after']:.2f}. "
+        f"{seconds:.0f} s in all, after loading."
+    )
+
+
+if __name__ == "__main__":
+    main()
