@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import gc
 import json
 from collections.abc import Iterator
@@ -24,7 +24,6 @@ from lowra.compiler.errors import (
     RecipeError,
     WeightError,
 )
-from lowra.compiler.program import Program
 from tests import models
 from tests.runtime.compiled_models import (
     STACK,
@@ -33,10 +32,16 @@ from tests.runtime.compiled_models import (
     end_to_end,
     one_layer_llama,
     output,
+    remembered_capture,
     stack,
 )
 
 X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowra.api.capture", remembered_capture)
 
 
 def compile_stack(model: nn.Module | None = None, **options: Any) -> Any:
@@ -165,9 +170,7 @@ def test_a_weight_that_is_not_finite_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("option", ["include", "ignore"])
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(option: str) -> None:
-    with pytest.raises(
-        PatternError, match=f"{option}='frist' matches no weight; nearest: first"
-    ):
+    with pytest.raises(PatternError, match=f"{option}='frist' matches no weight; nearest: first"):
         compile_stack(bit_budget=2, **{option: "frist"})
 
 
@@ -191,14 +194,9 @@ def test_globs_and_regular_expressions_choose_sites() -> None:
 
 
 @pytest.mark.xfail(reason="a Skipped names the weight; patterns are matched on the module's name")
-def test_the_name_that_a_skipped_weight_is_listed_by_can_be_included(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_name_that_a_skipped_weight_is_listed_by_can_be_included() -> None:
     """A tied head is listed as model.embed_tokens.weight, with the advice to include it."""
     model = models.tiny_llama(tied=True, layers=1)
-    with torch.no_grad():
-        program = capture(model)
-    monkeypatch.setattr("lowra.api.capture", lambda _model, _example: program)
     skipped = lowra.plan(model, bit_budget=100).skipped
     name = next(s["name"] for s in skipped if "include it" in s["reason"])
     assert "lm_head" in [s["name"] for s in lowra.plan(model, bit_budget=100, include=name).sites]
@@ -214,23 +212,10 @@ def test_what_is_no_module_is_refused(model: Any) -> None:
 # --- calibration --------------------------------------------------------------------------------
 
 
-@functools.cache
-def program_of_llama() -> Program:
-    with torch.no_grad():
-        return capture(one_layer_llama())
-
-
-@pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trace of the llama is long beside what these tests look at; it is made once."""
-    monkeypatch.setattr("lowra.api.capture", lambda _model, _example: program_of_llama())
-
-
 def ids(*shape: int) -> Tensor:
     return torch.randint(3, models.VOCAB, shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
@@ -275,7 +260,7 @@ def test_bad_tensor_calibration_is_refused(calibration: Any, message: str) -> No
         compile_stack(bit_budget=6, calibration=calibration)
 
 
-@pytest.mark.xfail(reason="the batch goes into the graph unchecked; list() of an int is a TypeError")
+@pytest.mark.xfail(reason="the batch meets the graph unchecked; list() of an int is a TypeError")
 @pytest.mark.parametrize(
     "calibration",
     [torch.zeros(2, 8, 63), torch.zeros(2, 8, 64, dtype=torch.int64), 5],
@@ -316,18 +301,23 @@ def test_a_model_that_cannot_write_its_own_text_is_compiled_data_free(
 
 
 class Work:
-    """Counts model runs of collect-statistics and sites of quantize-weights."""
+    """Counts model runs of collect-statistics, fits of fit-codebooks, sites of quantize-weights."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.statistics = self.quantized = 0
+        self.reset()
         self.stop_at = 0
-        from lowra.passes import collect_statistics, quantize_weights
+        from lowra.passes import collect_statistics, fit_codebooks, quantize_weights
 
         run, quantize = collect_statistics._Runner.run, quantize_weights.quantize
+        fit = fit_codebooks.FitCodebooks._fit
 
         def counted_run(*args: Any, **kwargs: Any) -> None:
             self.statistics += 1
             run(*args, **kwargs)
+
+        def counted_fit(*args: Any) -> Any:
+            self.fits += 1
+            return fit(*args)
 
         def counted_quantize(*args: Any, **kwargs: Any) -> Any:
             self.quantized += 1
@@ -336,10 +326,11 @@ class Work:
             return quantize(*args, **kwargs)
 
         monkeypatch.setattr(collect_statistics._Runner, "run", counted_run)
+        monkeypatch.setattr(fit_codebooks.FitCodebooks, "_fit", counted_fit)
         monkeypatch.setattr(quantize_weights, "quantize", counted_quantize)
 
     def reset(self) -> None:
-        self.statistics = self.quantized = 0
+        self.statistics = self.fits = self.quantized = 0
 
 
 @pytest.fixture
@@ -351,15 +342,15 @@ def bytes_of(model: nn.Module, folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in lowra.save(model, folder).glob("*.safetensors")}
 
 
-def test_a_second_compile_in_one_work_dir_runs_no_model_and_quantizes_nothing(
+def test_a_second_compile_in_one_work_dir_runs_no_model_and_fits_and_quantizes_nothing(
     tmp_path: Path, work: Work
 ) -> None:
     first = compile_stack(**STACK, work_dir=tmp_path / "work")
     assert work.statistics > 0
-    assert work.quantized == 3
+    assert (work.fits, work.quantized) == (3, 3)
     work.reset()
     second = compile_stack(**STACK, work_dir=str(tmp_path / "work"))
-    assert (work.statistics, work.quantized) == (0, 0)
+    assert (work.statistics, work.fits, work.quantized) == (0, 0, 0)
     assert bytes_of(first, tmp_path / "one") == bytes_of(second, tmp_path / "two")
 
 
@@ -372,7 +363,7 @@ def test_an_interrupted_compile_goes_on_where_it_stopped_and_gives_the_same_byte
     work.stop_at = 0
     work.reset()
     resumed = compile_stack(**STACK, work_dir=tmp_path / "work")
-    assert (work.statistics, work.quantized) == (0, 1)
+    assert (work.statistics, work.fits, work.quantized) == (0, 0, 1)
     whole = compile_stack(**STACK)
     assert bytes_of(resumed, tmp_path / "one") == bytes_of(whole, tmp_path / "two")
 
@@ -418,10 +409,8 @@ def test_a_damaged_work_file_is_made_again_or_refused_in_words(tmp_path: Path) -
     compile_stack(**STACK, work_dir=tmp_path)
     for path in tmp_path.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    try:
+    with contextlib.suppress(lowra.LowraError):
         compile_stack(**STACK, work_dir=tmp_path)
-    except lowra.LowraError:
-        pass
 
 
 def test_a_compile_removes_its_work_files_itself(

@@ -172,9 +172,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name",
     EXPORTED,
 )
-def test_an_exported_model_gives_equal_outputs_without_transformers(
-    alone: Path, name: str
-) -> None:
+def test_an_exported_model_gives_equal_outputs_without_transformers(alone: Path, name: str) -> None:
     error = alone / f"{name}.error"
     assert not error.exists(), error.read_text()
     made = end_to_end(name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowra
-from lowra.compiler.capture import first_tensor
+from lowra.compiler.capture import capture, fingerprint_of, first_tensor
+from lowra.compiler.program import Program
 from tests import models
 
 SMALL: dict[str, Any] = {"calibration_tokens": 256, "context": 32, "rank": 4}
@@ -154,3 +155,29 @@ def wide_llama() -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def _traces() -> dict[Any, Program]:
+    return {}
+
+
+def remembered_capture(model: nn.Module, example: Any = None) -> Program:
+    """`capture`, run once for models of one class with the same weights and kind of example.
+
+    A trace takes most of the time of a tiny compile. To stand in for `lowra.api.capture` in tests
+    that compile one model in many ways.
+    """
+    if example is None and not hasattr(model, "config"):
+        return capture(model, example)
+    inputs = list(example.items()) if isinstance(example, Mapping) else list(example or ())
+    shapes = [(i[0], i[1].shape) if isinstance(i, tuple) else i.shape for i in inputs]
+    key = (type(model), fingerprint_of(model.state_dict()), str(shapes))
+    if key not in _traces():
+        _traces()[key] = capture(model, example)
+    return replace(
+        _traces()[key],
+        example=_traces()[key].example
+        if example is None
+        else tuple(tensor[1] if isinstance(tensor, tuple) else tensor for tensor in inputs),
+    )

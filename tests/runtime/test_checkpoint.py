@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,9 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import lowra
-from lowra.compiler.capture import capture
 from lowra.compiler.errors import CheckpointError, OutputError
-from lowra.compiler.program import Program
 from lowra.compiler.storage import ROLES
 from lowra.runtime.checkpoint import read_manifest
 from lowra.runtime.module_view import quantized_linears
@@ -35,6 +32,7 @@ from tests.runtime.compiled_models import (
     low_llama,
     one_layer_llama,
     output,
+    remembered_capture,
     stack,
     stored_rows,
     tied_llama,
@@ -229,21 +227,12 @@ def test_two_linears_on_one_weight_come_back_equal(tmp_path: Path) -> None:
 # --- bits ---------------------------------------------------------------------------------------
 
 
-@functools.cache
-def traced_wide_llama() -> tuple[LlamaForCausalLM, Program]:
-    """The trace takes as long as the rest, and is the same for every budget."""
-    dense = wide_llama()
-    with torch.no_grad():
-        return dense, capture(dense)
-
-
 @pytest.mark.parametrize("budget", [1.5, 2.0, 3.0])
 def test_the_bits_on_disk_are_those_of_the_report_and_within_the_budget(
     tmp_path: Path, budget: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, program = traced_wide_llama()
-    monkeypatch.setattr("lowra.api.capture", lambda _model, _example: program)
-    compiled = lowra.compile(dense, bit_budget=budget, **SMALL)
+    monkeypatch.setattr("lowra.api.capture", remembered_capture)
+    compiled = lowra.compile(wide_llama(), bit_budget=budget, **SMALL)
     totals = compiled.lowra.report["totals"]
     bits = bits_on_disk(lowra.save(compiled, tmp_path / "wide"))
     assert bits == 8 * totals["bytes"]

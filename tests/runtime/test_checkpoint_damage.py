@@ -39,7 +39,7 @@ def flip(path: Path, bit: int) -> bytes:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), name=st.sampled_from(FILES), head=st.booleans())
 def test_one_flipped_bit_in_any_tensor_file_is_found(
@@ -116,9 +116,6 @@ def test_an_edited_tensor_is_found_by_name(copied: Copied, stack_folder: Path) -
         lowra.load(folder, stack())
 
 
-@pytest.mark.xfail(
-    reason="checksum() hashes bytes alone: dtype and shape can be swapped for others"
-)
 def test_a_tensor_stored_in_another_dtype_is_found(copied: Copied, llama_folder: Path) -> None:
     """Zeros, say, are the same bytes in either dtype."""
     folder = copied(llama_folder)
@@ -131,7 +128,7 @@ def test_a_tensor_stored_in_another_dtype_is_found(copied: Copied, llama_folder:
             b'"lm_head.weight":{"dtype":"I32","shape":[128,64]',
         )
     )
-    with pytest.raises(CheckpointError, match="lm_head"):
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from its checksum"):
         lowra.load(folder)
 
 

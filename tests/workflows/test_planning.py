@@ -15,9 +15,14 @@ import lowra
 from lowra.compiler.errors import BudgetError, PatternError
 from lowra.workflows.planning import Plan
 from tests import models
-from tests.runtime.compiled_models import compiled_stack, stack
+from tests.runtime.compiled_models import compiled_stack, remembered_capture, stack
 
 X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowra.api.capture", remembered_capture)
 
 
 def plan_of(**options: Any) -> Plan:
