@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.capture import capture
-from lowra.compiler.errors import CalibrationError, RecipeError
+from lowra.compiler.errors import CalibrationError, CaptureError, RecipeError
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.progress import record_stages, stage
@@ -56,8 +56,7 @@ def compile(
     OutputError: all before or instead of a result, none with anything half done.
     """
     recipe = _recipe(recipe, options)
-    if compiled(model) is not None:
-        raise RecipeError("this model is compiled already; compile the dense model instead")
+    _require_dense(model)
     begun = time.perf_counter()
     with record_stages() as stages, torch.no_grad():
         program = _captured(model, recipe, example)
@@ -90,6 +89,7 @@ def plan(
     Touches nothing and reads no calibration data. Raises as `compile` does for a bad recipe.
     """
     recipe = _recipe(recipe, options)
+    _require_dense(model)
     with torch.no_grad():
         program = _captured(model, recipe, example)
     check_budget(program, recipe)
@@ -111,6 +111,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def export(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the compressed graph as a torch.export archive; it runs without transformers."""
     return export_program(model, path, overwrite=overwrite)
+
+
+def _require_dense(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"a {type(model).__name__} is no torch module; pass a loaded model")
+    if compiled(model) is not None:
+        raise RecipeError("this model is compiled already; compile the dense model instead")
 
 
 def _recipe(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
@@ -171,6 +178,8 @@ def _plain_batches(program: Program, calibration: Any) -> tuple[tuple[Tensor, ..
         return (program.example,) if program.example else ()
     if isinstance(calibration, (str, Path)):
         raise CalibrationError("this model takes no tokens: calibrate with tuples of input tensors")
+    if not isinstance(calibration, (Tensor, Iterable)):
+        raise CalibrationError(f"calibration is a {type(calibration).__name__}, not tensors")
     items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     batches = [(item,) if isinstance(item, Tensor) else tuple(item) for item in items]
     if not batches:
@@ -183,4 +192,10 @@ def _plain_batches(program: Program, calibration: Any) -> tuple[tuple[Tensor, ..
                 f"a calibration batch has {len(batch)} tensors; the model takes "
                 f"{len(program.inputs)}: {', '.join(program.inputs)}"
             )
+        for got, like in zip(batch, program.example, strict=False):
+            if got.dtype != like.dtype or got.shape[-1] != like.shape[-1]:
+                raise CalibrationError(
+                    f"a calibration tensor is {got.dtype} {list(got.shape)}; the model was traced "
+                    f"with {like.dtype} {list(like.shape)}, whose last axis must agree"
+                )
     return tuple(batches)

@@ -84,18 +84,22 @@ class Recipe:
 
     def _check_types(self) -> None:
         for name in ("rotation", "shared_codebooks", "count_adapters"):
-            if getattr(self, name) not in (None, True, False):
+            if not isinstance(getattr(self, name), (bool, type(None))):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.alpha is not None and not isinstance(self.alpha, (int, float)):
-            raise RecipeError(f"alpha={self.alpha!r} must be a number")
+        if self.alpha is not None and not _is_positive(self.alpha):
+            raise RecipeError(f"alpha={self.alpha!r} must be a positive number")
+        if isinstance(self.seed, int) and self.seed >= 1 << 63:
+            raise RecipeError(f"seed={self.seed} must be below 2^63")
         if self.widths is not None and not isinstance(self.widths, (tuple, list)):
             raise RecipeError(f"widths={self.widths!r} must be a tuple such as (1, 2, 3, 4)")
         if not isinstance(self.pins, Mapping):
             raise RecipeError(f"pins={self.pins!r} must map patterns to widths")
+        if not all(isinstance(pattern, str) for pattern in self.pins):
+            raise RecipeError(f"pins={self.pins!r}: a pattern is not a string")
 
     def _check_widths(self) -> None:
         for width in (*(self.widths or ()), *self.pins.values()):
-            if width not in WIDTHS:
+            if type(width) is not int or width not in WIDTHS:
                 raise RecipeError(f"width {width!r} is not one of {', '.join(map(str, WIDTHS))}")
         if self.widths is None:
             return
@@ -104,7 +108,7 @@ class Recipe:
             raise RecipeError("widths is empty; name at least one")
 
     def _check_layout(self) -> None:
-        if self.group is not None and (not isinstance(self.group, int) or self.group < -1):
+        if self.group is not None and (type(self.group) is not int or self.group < -1):
             raise RecipeError(f"group={self.group!r} must be -1 (per row), 0 (none) or positive")
         if self.shared_codebooks and self.group == 0:
             raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
@@ -212,6 +216,11 @@ def _check_budget(budget: Any) -> None:
             f"bit_budget={budget!r} is not a positive number of bits per weight; "
             "lowra reaches about 1.1 to 8"
         )
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -69,23 +69,7 @@ def test_the_program_holds_no_dense_weight_of_a_site(case: Case) -> None:
     assert nodes.count("lowra.quantized_linear_lora.default") == uses
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[
-                pytest.mark.xfail(
-                    reason="the trace holds torch.ops.transformers.grouped_mm_fallback; capture "
-                    "must switch the experts' implementation"
-                )
-            ]
-            if name == "tiny_mixtral"
-            else [],
-        )
-        for name in END_TO_END
-    ],
-)
+@pytest.mark.parametrize("name", END_TO_END)
 def test_the_program_calls_no_op_of_another_library(name: str) -> None:
     """An archive with such an op cannot be loaded where that library is not imported."""
     program = cast("Any", end_to_end(name).compiled).lowra.program
@@ -127,7 +111,8 @@ def test_the_session_refuses_or_continues_as_the_model_does() -> None:
 
 # --- exported archives, run where there is no transformers ---------------------------------------
 
-EXPORTED = [name for name in END_TO_END if name != "tiny_mixtral"]
+# Tracing again takes long: BART goes the way of T5, and Mixtral cannot be run alone yet (above).
+EXPORTED = [name for name in END_TO_END if name not in ("tiny_bart", "tiny_mixtral")]
 ALONE = """
 import sys
 import torch

@@ -141,13 +141,19 @@ def _ready_to_trace(model: nn.Module) -> Generator[None, None, None]:
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     training = {module: module.training for module in model.modules()}
+    set_experts = getattr(model, "set_experts_implementation", None)
+    experts = getattr(config, "_experts_implementation", None)
     try:
         model.eval()
+        if set_experts is not None and experts is not None:
+            set_experts("batched_mm")  # plain ATen; the grouped form is an op of transformers
         if cached is not None:
             cast("Any", config).use_cache = False
         with torch.no_grad():
             yield
     finally:
+        if set_experts is not None and experts is not None:
+            set_experts(experts)
         for module, mode in training.items():
             module.training = mode
         if cached is not None:

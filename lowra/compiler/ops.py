@@ -63,8 +63,10 @@ def _save(ctx: Any, packed: tuple[Any, ...], *extra: Tensor | None) -> None:
     ctx.layout = packed[4:]
 
 
-def _packed(ctx: Any) -> tuple[Any, ...]:
-    return (*ctx.saved_tensors[:4], *ctx.layout)
+def _restore(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Packed arguments, and what else was saved; read once, as checkpointing demands."""
+    saved = ctx.saved_tensors
+    return (*saved[:4], *ctx.layout), saved[4:]
 
 
 def _table_grads(
@@ -82,7 +84,7 @@ def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _dequantize_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tables, scales = _table_grads(grad, _packed(ctx), ctx.needs_input_grad[:3])
+    tables, scales = _table_grads(grad, _restore(ctx)[0], ctx.needs_input_grad[:3])
     return (None, tables, scales, *[None] * 7)
 
 
@@ -92,12 +94,11 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    packed, needs = _packed(ctx), ctx.needs_input_grad
+    (packed, (x,)), needs = _restore(ctx), ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
     grad_x = _input_grad(grad, packed) if needs[0] else None
     tables, scales = None, None
     if needs[2] or needs[3]:
-        x = ctx.saved_tensors[4]
         tables, scales = _table_grads(rows.T @ x.reshape(-1, x.shape[-1]), packed, needs[1:4])
     grad_bias = rows.sum(0) if needs[10] else None
     return (grad_x, None, tables, scales, *[None] * 6, grad_bias)
@@ -115,8 +116,7 @@ def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _lora_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    packed, needs = _packed(ctx), ctx.needs_input_grad
-    x, lora_a, lora_b = ctx.saved_tensors[4:]
+    (packed, (x, lora_a, lora_b)), needs = _restore(ctx), ctx.needs_input_grad
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_h = (rows @ lora_b.to(rows.dtype)) * ctx.scaling
     grad_x = None

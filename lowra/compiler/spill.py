@@ -31,8 +31,11 @@ class StoredTensor:
     key: str
 
     def load(self) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:  # pyright: ignore
-            return file.get_tensor(self.key)
+        try:
+            with safe_open(self.path, framework="pt") as file:  # pyright: ignore
+                return file.get_tensor(self.key)
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"work file {self.path} is damaged ({error}); delete it") from error
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -85,7 +88,8 @@ class Spill:
         """The tensors under `key`, made and written on first use."""
         path = self.path(*key)
         if path.exists():
-            return read_tensors(path)
+            with contextlib.suppress(SafetensorError):  # a damaged file is made anew
+                return read_tensors(path)
         made = dict(make())
         write_tensors(made, path)
         return made

@@ -15,6 +15,9 @@ from lowra.compiler.program import Program, Site, matches, select
 from lowra.compiler.progress import stage
 from lowra.compiler.storage import row_bits, site_bits
 
+UNREACHABLE = 1 << 40
+"""Bits of a row no budget can pay for."""
+
 SOLVER_EFFORT = 0.1
 """Deterministic CP-SAT seconds for the undecided band; the bound is proven whatever it is."""
 
@@ -81,14 +84,31 @@ class AssignPrecision(Pass):
             ]
         )
         cost = self._pinned(program, cost, widths)
-        budget = self.row_budget(program.sites, widths, first.shared)
+        cost, budget = self._affordable(program, cost, bits, widths, first.shared)
         groups = None
         if self.unit == "layer":
             groups = np.repeat(np.arange(len(program.sites)), [s.n for s in program.sites])
-        low = int(np.where(np.isfinite(cost), bits, np.iinfo(np.int64).max).min(1).sum())
-        if low > budget:
-            raise BudgetError(self._unreachable(program, low, bits, budget))
         return solve_knapsack(cost, bits, budget, groups=groups, seconds=SOLVER_EFFORT).choice
+
+    def _affordable(
+        self, program: Program, cost: np.ndarray, bits: np.ndarray,
+        widths: tuple[int, ...], shared: bool,
+    ) -> tuple[np.ndarray, int]:  # fmt: skip
+        """Costs of the widths whose shared codebooks fit, and the bits left for rows.
+
+        Where the tables of all widths leave too little, the widest go first, pinned ones excepted.
+        """
+        pinned = {int(pin.rpartition("=")[2]) for pin in self.pins}
+        low = budget = 0
+        for count in range(len(widths), -1 if pinned else 0, -1):
+            used = {*widths[:count], *pinned}
+            open_ = np.array([width in used for width in widths])
+            allowed = np.where(open_, cost, np.inf)
+            budget = self.row_budget(program.sites, tuple(sorted(used)), shared)
+            low = int(np.where(np.isfinite(allowed), bits, UNREACHABLE).min(1).sum())
+            if low <= budget:
+                return allowed, budget
+        raise BudgetError(self._unreachable(program, low, bits, budget))
 
     def row_budget(self, sites: tuple[Site, ...], widths: tuple[int, ...], shared: bool) -> int:
         """Bits left for rows: the budget less what sites store beside rows, and LoRA if counted."""

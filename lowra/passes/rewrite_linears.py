@@ -28,13 +28,16 @@ class RewriteLinears(Pass):
         if program.graph is None:
             return program
         sites = {node: site for site in program.sites for node in site.nodes}
+        embeddings = {site.weight: site for site in program.sites if site.embeddings}
         tensors: dict[str, Tensor] = dict(program.tensors)
         for site in program.sites:
             tensors.update(site_tensors(program, site))
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
-            if node.name in sites:
+            if (tied := _tied_embedding(node, embeddings)) is not None:
+                mapping[node] = _dequantized(graph, program, tied, node, mapping)
+            elif node.name in sites:
                 mapping[node] = _rewritten(graph, program, sites[node.name], node, mapping)
             else:
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])
@@ -45,6 +48,37 @@ class RewriteLinears(Pass):
         return replace(
             program, graph=graph, tensors={k: v for k, v in tensors.items() if k in read}
         )
+
+
+def _tied_embedding(node: fx.Node, embeddings: dict[str, Site]) -> Site | None:
+    """The site whose weight an embedding node looks rows up in."""
+    if node.target is not torch.ops.aten.embedding.default:
+        return None
+    table: Any = node.args[0]
+    return embeddings.get(str(table.target)) if table.op == "get_attr" else None
+
+
+def _dequantized(
+    graph: fx.Graph, program: Program, site: Site, node: fx.Node, mapping: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """embedding(weight, ids)  ->  embedding(dequantize(packed weight), ids)"""
+    reads = _read_packed(graph, program, site)
+    layout = program.fact(site.name, Packed).weight.op_args()[4:]
+    args: tuple[Any, ...] = (
+        reads["codes"], reads["codebooks"], reads.get("scales"), reads["order"],
+        *layout, site.dtype,
+    )  # fmt: skip
+    table = graph.call_function(torch.ops.lowra.dequantize.default, args)
+    table.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+    rest = fx.map_arg(node.args[1:], lambda n: mapping[n])
+    new = graph.create_node("call_function", node.target, (table, *rest), name=node.name)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _read_packed(graph: fx.Graph, program: Program, site: Site) -> dict[str, Any]:
+    names = (name.rsplit(".", 1)[1] for name in site_tensors(program, site))
+    return {role: graph.get_attr(f"{site.name}.{role}") for role in names}
 
 
 def _pure(node: fx.Node) -> bool:
@@ -71,10 +105,7 @@ def _rewritten(
     weight = program.fact(site.name, Packed).weight
     adapter = program.find(site.name, Adapter)
     x, bias = mapping[node.args[0]], node.args[2] if len(node.args) > 2 else None  # pyright: ignore
-    reads: dict[str, Any] = {
-        role: graph.get_attr(f"{site.name}.{role}")
-        for role in (name.rsplit(".", 1)[1] for name in site_tensors(program, site))
-    }
+    reads = _read_packed(graph, program, site)
     layout = weight.op_args()[4:]
     args: tuple[Any, ...] = (
         x, reads["codes"], reads["codebooks"], reads.get("scales"), reads["order"], *layout,

@@ -14,14 +14,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowra.compiler.capture import tied_names
-from lowra.compiler.errors import CheckpointError, OutputError
+from lowra.compiler.errors import CheckpointError, LowraError, OutputError
 from lowra.compiler.program import Site
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import ROLES, from_tensors
@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 MANIFEST = "lowra.json"
 ADAPTER = "adapter_model.safetensors"
 SHARD_SIZE = "5GB"
-KEYS = {"sites", "checksums", "fingerprint", "recipe", "plan", "report"}
+KEYS = {"buffers", "checksum", "sites", "checksums", "fingerprint", "recipe", "plan", "report"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -107,13 +107,27 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
         "plan": dict(info.plan),
         "report": {key: value for key, value in info.report.items() if key != "seconds"},
         "sites": sites,
+        "buffers": _unstored_buffers(model),
         "checksums": {name: checksum(t) for name, t in sorted(_stored_tensors(folder).items())},
     }
+    manifest["checksum"] = manifest_checksum(manifest)
     _write_json(folder / MANIFEST, manifest)
     _write_config(model, info, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(manifest))
+
+
+def _unstored_buffers(model: nn.Module) -> dict[str, str]:
+    """dtypes of floating buffers that a state dict leaves out, such as rotary frequencies."""
+    stored = model.state_dict()
+    packed = {n for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and name not in stored
+        if name.rpartition(".")[0] not in packed
+    }
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +149,7 @@ def _is_lora(name: str) -> bool:
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """LoRA factors under PEFT's names."""
     return {
-        f"base_model.model.{name}.{role}.weight": getattr(layer, role).detach().contiguous()
+        f"base_model.model.{name}.{role}.weight": getattr(layer, role).detach().clone()
         for name, layer in quantized_linears(model).items()
         for role in ("lora_A", "lora_B")
         if layer.rank
@@ -203,6 +217,13 @@ def _model_card(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """sha256 over the manifest without its own `checksum`, as compact JSON with sorted keys."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def checksum(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes of a tensor, such as `int32 [5, 2]` and its bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -246,6 +267,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} lacks {', '.join(sorted(KEYS - set(manifest)))}; write the checkpoint again"
         )
+    if version == FORMAT_VERSION and manifest["checksum"] != manifest_checksum(manifest):
+        raise CheckpointError(f"{file} was damaged or edited; fetch or write the checkpoint again")
     return manifest
 
 
@@ -263,9 +286,15 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     try:
         model = _skeleton(folder, manifest) if model is None else model
         sites = _place_sites(model, manifest["sites"], tensors)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        _load_rest(model, folder, tensors)
+        for name, dtype in manifest["buffers"].items():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, leaf, getattr(module, leaf).to(DTYPES[dtype]))
+    except LowraError:
+        raise
+    except Exception as error:  # whatever a wrong config or entry makes torch or transformers raise
         raise CheckpointError(f"{folder} does not fit its {MANIFEST}: {error}") from error
-    _load_rest(model, folder, tensors)
     info = Compiled(
         sites, manifest["fingerprint"], manifest["recipe"], manifest["plan"], manifest["report"]
     )
@@ -306,8 +335,6 @@ def _skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     with no_init_weights():
         model = kind(config)
     model.tie_weights()
-    dtype = next(iter(manifest["sites"].values()))["dtype"]
-    cast("nn.Module", model).to(DTYPES[dtype])
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

@@ -52,5 +52,5 @@ class Compiled:
 
 def compiled(model: nn.Module) -> Compiled | None:
     """The Compiled of a model, or None for one that lowra has not compiled."""
-    found = model.__dict__.get(ATTRIBUTE)
+    found = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     return found if isinstance(found, Compiled) else None

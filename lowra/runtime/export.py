@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -39,5 +40,6 @@ def export_program(model: nn.Module, path: str | Path, *, overwrite: bool = Fals
     except (OSError, RuntimeError) as error:
         raise OutputError(f"cannot write {target}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return target

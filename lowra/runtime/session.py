@@ -13,7 +13,6 @@ from lowra.compiler.errors import CaptureError
 from lowra.compiler.program import Program
 from lowra.runtime.checkpoint import load_checkpoint
 from lowra.runtime.compiled import compiled
-from lowra.runtime.module_view import quantized_linears
 
 
 def program_of(model: nn.Module) -> Program:
@@ -23,28 +22,25 @@ def program_of(model: nn.Module) -> Program:
     """
     info = compiled(model)
     program = None if info is None else info.program
-    program = capture(model) if program is None else _with_adapters_of(model, program)
+    program = capture(model) if program is None else _with_tensors_of(model, program)
     if program.graph is None:
         raise CaptureError(f"{type(model).__name__} has no graph to run: {program.warning}")
     return program
 
 
-def _with_adapters_of(model: nn.Module, program: Program) -> Program:
-    """The program with the model's LoRA factors as they are now, shared."""
-    factors = {
-        f"{name}.{role}": getattr(layer, role).detach()
-        for name, layer in quantized_linears(model).items()
-        for role in ("lora_A", "lora_B")
-        if layer.rank
-    }
-    known = {name: factors.get(name, tensor) for name, tensor in program.tensors.items()}
-    return replace(program, tensors=known)
+def _with_tensors_of(model: nn.Module, program: Program) -> Program:
+    """The program with the model's tensors as they are now, shared."""
+    named = (model.named_parameters, model.named_buffers)
+    now = {name: t.detach() for of in named for name, t in of(remove_duplicate=False)}
+    return replace(
+        program, tensors={name: now.get(name, tensor) for name, tensor in program.tensors.items()}
+    )
 
 
 class Session:
     """Calls the program view of a compiled model, or of a checkpoint folder.
 
-    It shares the model's LoRA factors as long as they are updated in place, as optimizers do.
+    It shares the model's tensors as long as they are updated in place, as optimizers do.
     """
 
     def __init__(self, model: nn.Module | str | Path) -> None:
@@ -59,6 +55,8 @@ class Session:
 
         A missing `attention_mask` is all ones.
         """
+        if len(inputs) > len(self.program.inputs):
+            raise CaptureError(f"this program takes {', '.join(self.program.inputs)} and no more")
         values = dict(zip(self.program.inputs, inputs, strict=False)) | named
         if "attention_mask" in self.program.inputs and "attention_mask" not in values:
             values["attention_mask"] = torch.ones_like(values["input_ids"])

@@ -73,13 +73,16 @@ def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
     widths = recipe.candidate_widths
     widest = max(widths) if fixed else 8
     totals = [0.0, 0.0]
+    free = any(not any(matches(s.name, p) for p in recipe.pins) for s in program.sites)
+    always = {*recipe.pins.values(), *([min(widths)] if free else [])}
     for site in program.sites:
         pinned = [w for pattern, w in recipe.pins.items() if matches(site.name, pattern)]
         for end, width in enumerate(pinned[:1] * 2 or (min(widths), widest)):
-            stored = tuple({*widths, width})
+            stored = tuple({width, *always})
             totals[end] += _site_total(site, width, stored, group, shared, recipe)
     weights = sum(site.weights for site in program.sites)
-    return math.ceil(1000 * totals[0] / weights) / 1000, totals[1] / weights
+    low, high = (math.ceil(1000 * total / weights) / 1000 for total in totals)
+    return low, high
 
 
 def _site_total(

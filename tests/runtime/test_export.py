@@ -67,7 +67,6 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
     assert lowra.export(compiled_stack().compiled, tmp_path / "a" / "b" / "m.pt2").is_file()
 
 
-@pytest.mark.xfail(reason="unlink() in `finally` raises NotADirectoryError over the OutputError")
 def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):

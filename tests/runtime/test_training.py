@@ -115,15 +115,7 @@ def test_a_training_run_of_a_copy_leaves_the_compiled_model_alone() -> None:
 
 @pytest.mark.parametrize(
     "reentrant",
-    [
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                reason="ops.py backward reads ctx.saved_tensors twice, which checkpoint forbids"
-            ),
-        ),
-        True,
-    ],
+    [False, True],
 )
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:

@@ -130,14 +130,9 @@ def test_a_budget_beyond_the_highest_is_met_with_what_there_is() -> None:
     assert stored(compile_stack(bit_budget=100)) <= highest + 1e-9
 
 
-CHARGED = pytest.mark.xfail(
-    reason="from 4.1 bits up 8 is a candidate, and its shared codebook is charged to every site"
-)
-
-
 @pytest.mark.parametrize(
     "share",
-    [0.02, pytest.param(0.1, marks=CHARGED), pytest.param(0.2, marks=CHARGED), 0.3, 0.6, 1.0],
+    [0.02, 0.1, 0.2, 0.3, 0.6, 1.0],
 )
 def test_every_budget_within_the_interval_can_be_met(share: float) -> None:
     """The interval is that of the smallest budget; a plain module has the most overhead."""
@@ -190,7 +185,6 @@ def test_a_refusal_names_pins_and_an_interval_that_is_one() -> None:
     assert low <= high + 1e-3
 
 
-@pytest.mark.xfail(reason="low is rounded up and high to nearest: '11.231 to 11.230'")
 def test_an_interval_of_one_point_is_not_printed_upside_down() -> None:
     model = models.plain_mlp()
     with pytest.raises(BudgetError) as caught:
