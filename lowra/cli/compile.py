@@ -113,7 +113,8 @@ def _compile(
 def _check_output(out: Path, overwrite: bool) -> None:
     """Raise OutputError unless `out` is free, or an earlier checkpoint that may be replaced."""
     from lowra.compiler.errors import OutputError
-    from lowra.runtime.checkpoint import MANIFEST, check_free
+    from lowra.runtime.checkpoint import check_free
+    from lowra.runtime.manifest import MANIFEST
 
     check_free(out, overwrite)
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():

@@ -62,7 +62,7 @@ def _tables(path: Path, pattern: str | None) -> dict[str, Any]:
     """The manifest's report. Raises CheckpointError when it is broken, PatternError."""
     from lowra.compiler.errors import CheckpointError
     from lowra.compiler.program import select
-    from lowra.runtime.checkpoint import MANIFEST, read_manifest
+    from lowra.runtime.manifest import MANIFEST, read_manifest
 
     manifest = read_manifest(path)
     try:

@@ -99,7 +99,8 @@ class AssignPrecision(Pass):
         Where the tables of all widths leave too little, the widest go first, pinned ones excepted.
         """
         pinned = {int(pin.rpartition("=")[2]) for pin in self.pins}
-        low = budget = 0
+        total = int(self.budget * sum(site.weights for site in program.sites))
+        least = total + UNREACHABLE
         for count in range(len(widths), -1 if pinned else 0, -1):
             used = {*widths[:count], *pinned}
             open_ = np.array([width in used for width in widths])
@@ -108,7 +109,9 @@ class AssignPrecision(Pass):
             low = int(np.where(np.isfinite(allowed), bits, UNREACHABLE).min(1).sum())
             if low <= budget:
                 return allowed, budget
-        raise BudgetError(self._unreachable(program, low, bits, budget))
+            least = min(least, low + total - budget)
+        most = int(bits.max(1).sum()) + total - self.row_budget(program.sites, widths, shared)
+        raise BudgetError(self._unreachable(program, least, most))
 
     def row_budget(self, sites: tuple[Site, ...], widths: tuple[int, ...], shared: bool) -> int:
         """Bits left for rows: the budget less what sites store beside rows, and LoRA if counted."""
@@ -117,14 +120,13 @@ class AssignPrecision(Pass):
         lora = sum(16 * self.adapter_rank * (site.n + site.k) for site in sites)
         return total - beside - lora
 
-    def _unreachable(self, program: Program, low: int, bits: np.ndarray, budget: int) -> str:
+    def _unreachable(self, program: Program, least: int, most: int) -> str:
         weights = sum(site.weights for site in program.sites)
-        beside = int(self.budget * weights) - budget
-        least, most = (low + beside) / weights, (int(bits.max(1).sum()) + beside) / weights
         pins = f" with pins {', '.join(self.pins)}" if self.pins else ""
+        low, high = (np.ceil(1000 * bits / weights) / 1000 for bits in (least, most))
         return (
             f"bit_budget={self.budget:g} is out of reach{pins}: this model can be stored in "
-            f"{np.ceil(least * 1000) / 1000:.3f} to {most:.3f} bits per weight"
+            f"{low:.3f} to {high:.3f} bits per weight"
         )
 
     def _pinned(self, program: Program, cost: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:

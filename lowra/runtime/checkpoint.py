@@ -7,7 +7,6 @@ tensor carries a sha256 in lowra.json. Nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowra.compiler.capture import tied_names
@@ -26,15 +25,21 @@ from lowra.compiler.program import Site
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import ROLES, from_tensors
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
+from lowra.runtime.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    check_sums,
+    checksum,
+    manifest_checksum,
+    read_manifest,
+    stored_tensors,
+)
 from lowra.runtime.module_view import place, quantized_linears
 from lowra.runtime.modules import QuantizedLinear, QuantizedModule
 from lowra.version import __version__
 
-FORMAT_VERSION = 1
-MANIFEST = "lowra.json"
 ADAPTER = "adapter_model.safetensors"
 SHARD_SIZE = "5GB"
-KEYS = {"buffers", "checksum", "sites", "checksums", "fingerprint", "recipe", "plan", "report"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -108,7 +113,7 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
         "report": {key: value for key, value in info.report.items() if key != "seconds"},
         "sites": sites,
         "buffers": _unstored_buffers(model),
-        "checksums": {name: checksum(t) for name, t in sorted(_stored_tensors(folder).items())},
+        "checksums": {name: checksum(t) for name, t in sorted(stored_tensors(folder).items())},
     }
     manifest["checksum"] = manifest_checksum(manifest)
     _write_json(folder / MANIFEST, manifest)
@@ -217,61 +222,6 @@ def _model_card(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """sha256 over the manifest without its own `checksum`, as compact JSON with sorted keys."""
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def checksum(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and bytes of a tensor, such as `int32 [5, 2]` and its bytes."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    head = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    return hashlib.sha256(head.encode() + data.tobytes()).hexdigest()
-
-
-def _stored_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:  # pyright: ignore
-                for name in opened.keys():  # noqa: SIM118
-                    tensors[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is damaged ({error}); fetch or write the checkpoint again"
-            ) from error
-    return tensors
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """lowra.json of a checkpoint. Raises CheckpointError when it is missing, broken or newer."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no {MANIFEST}: not a lowra checkpoint")
-    try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format_version"]
-        complete = set(manifest) >= KEYS or version != FORMAT_VERSION
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); write the checkpoint again") from (
-            error
-        )
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this lowra reads {FORMAT_VERSION}. "
-            "Install the lowra that wrote it, or compile again"
-        )
-    if not complete:
-        raise CheckpointError(
-            f"{file} lacks {', '.join(sorted(KEYS - set(manifest)))}; write the checkpoint again"
-        )
-    if version == FORMAT_VERSION and manifest["checksum"] != manifest_checksum(manifest):
-        raise CheckpointError(f"{file} was damaged or edited; fetch or write the checkpoint again")
-    return manifest
-
-
 def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The compiled model in a checkpoint folder.
 
@@ -281,8 +231,8 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    tensors = _stored_tensors(folder)
-    _check_sums(folder, tensors, manifest["checksums"])
+    tensors = stored_tensors(folder)
+    check_sums(folder, tensors, manifest["checksums"])
     try:
         model = _skeleton(folder, manifest) if model is None else model
         sites = _place_sites(model, manifest["sites"], tensors)
@@ -300,20 +250,6 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     )
     setattr(model, ATTRIBUTE, info)
     return model.eval()
-
-
-def _check_sums(folder: Path, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> None:
-    missing = sorted(set(sums) - set(tensors))
-    extra = sorted(set(tensors) - set(sums))
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which it never wrote"
-        raise CheckpointError(f"{folder} {what}; fetch or write the checkpoint again")
-    for name, tensor in tensors.items():
-        if checksum(tensor) != sums[name]:
-            raise CheckpointError(
-                f"{folder}: tensor {name} differs from its checksum; "
-                "the file was damaged or edited, fetch or write the checkpoint again"
-            )
 
 
 def _skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
@@ -401,6 +337,3 @@ def _load_rest(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> No
             setattr(model.get_submodule(owner), leaf, tensor)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_lora(name))
-
-
-__all__ = ["check_free", "load_checkpoint", "read_manifest", "save_checkpoint"]

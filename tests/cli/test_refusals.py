@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowra.compiler.errors import BudgetError
+from lowra.runtime.manifest import manifest_checksum
 from tests.cli.conftest import QUICK
 
 REPO = Path(__file__).parent.parent.parent
@@ -165,7 +166,9 @@ def test_another_format_version(refused, broken):
 def test_a_manifest_without_its_tables(refused, broken, dense):
     manifest = json.loads((broken / "lowra.json").read_text())
     for report in ({}, manifest["report"] | {"skipped": [5]}):
-        (broken / "lowra.json").write_text(json.dumps(manifest | {"report": report}))
+        edited = manifest | {"report": report}
+        edited["checksum"] = manifest_checksum(edited)
+        (broken / "lowra.json").write_text(json.dumps(edited))
         refused(6, "broken report", "inspect", broken)
     (broken / "lowra.json").write_text('{"format_version": 1}')
     refused(6, "write the checkpoint again", "inspect", broken)

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 import lowra
 from lowra.compiler.errors import CheckpointError, OutputError
 from lowra.compiler.storage import ROLES
-from lowra.runtime.checkpoint import read_manifest
+from lowra.runtime.manifest import read_manifest
 from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear
 from tests import models

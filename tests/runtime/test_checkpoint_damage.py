@@ -17,7 +17,7 @@ from torch import nn
 
 import lowra
 from lowra.compiler.errors import CheckpointError
-from lowra.runtime.checkpoint import manifest_checksum
+from lowra.runtime.manifest import manifest_checksum
 from tests.runtime.compiled_models import compiled_stack, output, stack
 
 Copied = Callable[[Path], Path]
