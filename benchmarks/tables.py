@@ -71,7 +71,7 @@ def demo(data: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Then {training['steps']} steps of LoRA at {training['bits']:g} bits: held-out perplexity "
         f"{training['perplexity_before']:.2f} to {training['perplexity_after']:.2f}. "
-        f"{seconds:.0f} s in all, after loading."
+        f"{seconds:.0f} s in all, after loading; {data.get('note', '')}"
     )
 
 
