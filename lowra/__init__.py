@@ -1,5 +1,6 @@
 """lowra: a compiler that makes language models small enough to fine-tune and serve anywhere."""
 
+import lowra.backends.cpu
 import lowra.backends.reference  # noqa: F401 - registers the plain-torch kernels
 from lowra.compiler.errors import LowraError
 from lowra.version import __version__

@@ -74,9 +74,9 @@ class _Moments:
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        with _exact_product(rows.dtype):
-            product = rows.float().T @ rows.float()
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        with _exact_product(x.dtype):
+            product = rows.T @ rows
         self.total = product if self.total is None else self.total.add_(product)
         self.rows += rows.shape[0]
 

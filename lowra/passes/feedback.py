@@ -11,7 +11,6 @@ from lowra.compiler.errors import CalibrationError
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
 
 DAMPING = 0.01
-BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ def factorize(gram: Tensor, damping: float = DAMPING) -> Factor:
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     h = gram[order][:, order].double()
     mean = float(h.diagonal().mean()) or 1.0
+    h = h.flip(0, 1)  # with H reversed = M M', reversing M gives R upper with H = R R', U = R^-1
     eye = torch.eye(h.shape[0], dtype=h.dtype)
     for attempt in range(6):
         lower, failed = torch.linalg.cholesky_ex(h + eye * (mean * damping * 10**attempt))
         if int(failed) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0:
-                return Factor(order, upper.float())
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if bool(torch.isfinite(upper).all()):
+                return Factor(order, upper.float().contiguous())
     raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} is not positive definite")
 
 
@@ -80,29 +79,14 @@ def feedback_codes(
     weight float32 [n, k]; tables float32 [n, L] ascending, narrower rows filled with +inf;
     scales float32 [n, groups] or None.
     """
-    n, k = weight.shape
-    order, upper = factor.order, factor.upper
-    w = weight[:, order].T.contiguous()
-    columns = scale_index(k, group)[order]
-    factors = torch.ones(1, n) if scales is None else _safe(scales).T.contiguous()
-    columns = torch.zeros(k, dtype=torch.int64) if scales is None else columns
-    thresholds = thresholds_of(tables).contiguous()
-    finite = torch.where(torch.isinf(tables), torch.zeros(()), tables)
-    codes = torch.empty(k, n, dtype=torch.int64)
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        errors = torch.empty(end - start, n)
-        for i in range(start, end):
-            scale = factors[columns[i]]
-            code = torch.searchsorted(thresholds, (w[i] / scale).unsqueeze(1))
-            level = finite.gather(1, code).squeeze(1) * scale
-            error = (w[i] - level) / upper[i, i]
-            w[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-            codes[i], errors[i - start] = code.squeeze(1), error
-        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    result = torch.empty(n, k, dtype=torch.int64)
-    result[:, order] = codes.T
-    return result
+    order = factor.order
+    columns = scale_index(weight.shape[1], group)[order]
+    codes = torch.ops.lowra.feedback_codes(
+        weight[:, order], factor.upper, tables, None if scales is None else _safe(scales), columns
+    )
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result.long()
 
 
 def _safe(scales: Tensor) -> Tensor:

@@ -16,12 +16,9 @@ from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
 from lowra.passes.feedback import feedback_codes, scale_index
-from lowra.passes.lloyd import Fit, SortedRows, fit_rows, fit_shared, gaussian_levels, normal_float
+from lowra.passes.lloyd import Fit, fit_rows, fit_shared, gaussian_levels, normal_float
 from lowra.passes.moments import InputMoments, MomentsReader
 from lowra.passes.quantizer import output_error, row_tables
-
-FINE_ITERATIONS = 3
-"""Iterations at 8 bits, where Gaussian levels with fitted scales leave nothing to win."""
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""
@@ -86,9 +83,9 @@ class FitCodebooks(Pass):
         scales: dict[int, Tensor] = {}
         losses: list[Tensor] = []
         start = self._first_scales(weight)
-        rows = SortedRows(*_normalized(weight, variance, start, self.group))
-        for width in self.widths:
-            fit, scale = self._fit_width(rows, weight, variance, start, width)
+        fits = self._lloyd(*_normalized(weight, variance, start, self.group))
+        for width, first in zip(self.widths, fits, strict=True):
+            fit, scale = self._with_scales(first, weight, variance, start)
             levels[width] = _half(fit.levels, site)
             scales[width] = _half(scale, site)
             losses.append(fit.loss)
@@ -109,22 +106,23 @@ class FitCodebooks(Pass):
         square = torch.zeros(weight.shape[0], len(count)).index_add_(1, index, weight**2)
         return (square / count).sqrt().clamp_min(1e-12)
 
-    def _fit_width(
-        self, rows: SortedRows, weight: Tensor, variance: Tensor, scales: Tensor, width: int
+    def _lloyd(self, values: Tensor, weights: Tensor) -> list[Fit]:
+        """A fit per width, from the levels of a normal distribution of the row's spread."""
+        starts = [gaussian_levels(width) for width in self.widths]
+        if self.shared:
+            return fit_shared(values, weights, starts)
+        mass = weights.double().expand_as(values).sum(1, keepdim=True).clamp_min(1e-300)
+        energy = (values.double() ** 2 * weights).sum(1, keepdim=True)
+        return fit_rows(values, weights, [start * (energy / mass).sqrt() for start in starts])
+
+    def _with_scales(
+        self, fit: Fit, weight: Tensor, variance: Tensor, scales: Tensor
     ) -> tuple[Fit, Tensor]:
-        fit = self._lloyd(rows, width)
+        """A fit of `weight` over `scales`, and the scales to store with it."""
         if self.group in (NO_SCALES, ROW_SCALES):
             return fit, fit.scale.float().unsqueeze(1)
         scales = scales * fit.scale.float().unsqueeze(1)
         return self._refit_groups(weight, variance, fit, scales)
-
-    def _lloyd(self, rows: SortedRows, width: int) -> Fit:
-        start = gaussian_levels(width)
-        if self.shared:
-            return fit_shared(rows, start, FINE_ITERATIONS if width == 8 else 60)
-        mass = rows.mass[:, -1:].clamp_min(1e-300)
-        spread = (rows.energy.unsqueeze(1) / mass).sqrt()
-        return fit_rows(rows, start * spread)
 
     def _refit_groups(
         self, weight: Tensor, variance: Tensor, fit: Fit, scales: Tensor
@@ -140,9 +138,8 @@ class FitCodebooks(Pass):
             above = torch.zeros_like(scales).index_add_(1, index, variance * weight * value)
             below = torch.zeros_like(scales).index_add_(1, index, variance * value**2)
             new = torch.where(below > 0, above / below.clamp_min(1e-30), best[1]).clamp_min(1e-12)
-            rows = SortedRows(*_normalized(weight, variance, new, self.group))
-            start = best[0].levels.expand(weight.shape[0], -1)
-            fit = fit_shared(rows, best[0].levels) if self.shared else fit_rows(rows, start)
+            values = _normalized(weight, variance, new, self.group)
+            fit = (fit_shared if self.shared else fit_rows)(*values, [best[0].levels])[0]
             if float(fit.loss.sum()) >= float(best[0].loss.sum()):
                 break
             best = fit, new * fit.scale.float().unsqueeze(1)
@@ -156,12 +153,11 @@ class FitCodebooks(Pass):
         )
         safe = torch.where(scales == 0, 1.0, scales)
         absmax = safe[:, index]
-        rows = SortedRows(weight / absmax, absmax)
+        starts = [normal_float(width).expand(weight.shape[0], -1) for width in self.widths]
+        fits = fit_rows(weight / absmax, absmax, starts, iterations=2, tolerance=0.0)
         levels: dict[int, Tensor] = {}
         losses: list[Tensor] = []
-        for width in self.widths:
-            start = normal_float(width).expand(weight.shape[0], -1)
-            fit = fit_rows(rows, start, iterations=2, tolerance=0.0)
+        for width, fit in zip(self.widths, fits, strict=True):
             levels[width] = fit.levels.half().float()
             table = levels[width]
             middle = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()

@@ -87,19 +87,20 @@ def closed_form(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]
     """B [n, r], A [r, k] float32 minimising tr((E - BA) G (E - BA)') for E [n, k].
 
     With M = E L, G = L L', M = U S V': B = U_r sqrt(S_r), A = sqrt(S_r) V_r' L^-1. The singular
-    vectors come from the symmetric eigenproblem of the smaller side, in float64.
+    vectors come from the symmetric eigenproblem of the smaller side, in float64; for n <= k that
+    is M M' = E G E' and V_r' L^-1 = S_r^-1 U_r' E, so G is not factored.
     """
     n, k = error.shape
-    e = error.double()
-    g = gram.double()
-    mean = float(g.diagonal().mean()) or 1.0
-    lower = torch.linalg.cholesky(g + torch.eye(k, dtype=g.dtype) * (DAMPING * mean))
-    m = e @ lower
+    e, g = error.double(), gram.double()
+    g = g + torch.eye(k, dtype=g.dtype) * (DAMPING * (float(g.diagonal().mean()) or 1.0))
     if n <= k:
-        u = torch.linalg.eigh(m @ m.T)[1][:, -rank:].flip(1)
+        squares, vectors = torch.linalg.eigh(e @ g @ e.T)
+        u = vectors[:, -rank:].flip(1)
+        sizes = squares[-rank:].flip(0).clamp_min(0).sqrt()
         coefficients = u.T @ e
-        sizes = (u.T @ m).norm(dim=1)
     else:
+        lower = torch.linalg.cholesky(g)
+        m = e @ lower
         v = torch.linalg.eigh(m.T @ m)[1][:, -rank:].flip(1)
         image = m @ v
         sizes = image.norm(dim=0)

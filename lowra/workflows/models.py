@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lowra.compiler.errors import ModelError
+from lowra.compiler.home import home_folder
 from lowra.compiler.progress import stage
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -247,7 +248,7 @@ def _quiet_bars() -> Generator[None, None, None]:
 def _cache_folder(cache_dir: Path | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    return Path(os.environ.get("LOWRA_HOME") or "~/.cache/lowra").expanduser()
+    return home_folder()
 
 
 def _has_magic(path: Path) -> bool:

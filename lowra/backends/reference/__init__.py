@@ -1,5 +1,6 @@
 """The plain-torch backend: what every `lowra::` op means, on any device; the oracle."""
 
-from lowra.backends.reference import linear
+from lowra.backends.reference import feedback, linear, lloyd
+from lowra.compiler import fitting_ops
 
-__all__ = ["linear"]
+__all__ = ["feedback", "fitting_ops", "linear", "lloyd"]

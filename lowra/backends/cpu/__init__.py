@@ -1,0 +1,5 @@
+"""The CPU backend: C++ built on first use with the system's compiler."""
+
+from lowra.backends.cpu import fitting
+
+__all__ = ["fitting"]

@@ -1,0 +1,102 @@
+"""Kernels of the ops that compiling runs on; where they cannot be built, plain torch serves."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowra.backends.cpu.toolchain import library
+from lowra.backends.reference import feedback, lloyd
+from lowra.compiler.ops import LIBRARY
+
+
+def lloyd_rows(
+    values: Tensor, weights: Tensor, starts: list[Tensor], iterations: int, tolerance: float
+) -> list[Tensor]:
+    built = library("lloyd")
+    if built is None:
+        return lloyd.lloyd_rows(values, weights, starts, iterations, tolerance)
+    levels = [start.double().clone(memory_format=torch.contiguous_format) for start in starts]
+    loss = _per_row(levels, values)
+    _run(built.lowra_lloyd_rows, values, weights, levels, iterations, tolerance, loss)
+    return [*levels, loss.T.contiguous()]
+
+
+def lloyd_shared(
+    values: Tensor, weights: Tensor, starts: list[Tensor], iterations: int, tolerance: float
+) -> list[Tensor]:
+    built = library("lloyd")
+    if built is None:
+        return lloyd.lloyd_shared(values, weights, starts, iterations, tolerance)
+    levels = [start.double().clone(memory_format=torch.contiguous_format) for start in starts]
+    loss = _per_row(levels, values)
+    _run(built.lowra_lloyd_shared, values, weights, levels, iterations, tolerance, loss)
+    return [*levels, loss.T.contiguous()]
+
+
+def lloyd_scales(
+    values: Tensor, weights: Tensor, starts: list[Tensor], iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    built = library("lloyd")
+    if built is None:
+        return lloyd.lloyd_scales(values, weights, starts, iterations, tolerance)
+    levels = [start.double().contiguous() for start in starts]
+    scale, loss = _per_row(levels, values), _per_row(levels, values)
+    _run(built.lowra_lloyd_scales, values, weights, levels, iterations, tolerance, scale, loss)
+    return scale.T.contiguous(), loss.T.contiguous()
+
+
+def _per_row(levels: Sequence[Tensor], values: Tensor) -> Tensor:
+    return torch.empty(len(levels), values.shape[0], dtype=torch.float64)
+
+
+def _run(
+    kernel: Any, values: Tensor, weights: Tensor, levels: Sequence[Tensor],
+    iterations: int, tolerance: float, *results: Tensor,
+) -> None:  # fmt: skip
+    """Call a kernel of lloyd.cpp; levels and results are written in place."""
+    n, k = values.shape
+    values = values.float().contiguous()
+    weights = weights.float().expand(-1, k).contiguous()
+    stride = 0 if weights.shape[0] == 1 else k
+    pointers = (ctypes.c_void_p * len(levels))(*(t.data_ptr() for t in levels))
+    counts = (ctypes.c_int64 * len(levels))(*(t.shape[-1] for t in levels))
+    kernel(
+        _pointer(values), _pointer(weights), _int(n), _int(k), _int(stride), pointers, counts,
+        _int(len(levels)), _int(iterations), ctypes.c_double(tolerance),
+        *map(_pointer, results), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def feedback_codes(
+    weight: Tensor, upper: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor
+) -> Tensor:
+    built = library("feedback")
+    if built is None:
+        return feedback.feedback_codes(weight, upper, tables, scales, columns)
+    n, k = weight.shape
+    scales = torch.ones(n, 1) if scales is None else scales
+    given = [t.float().contiguous() for t in (weight, upper, tables, scales)]
+    columns = columns.long().contiguous()
+    codes = torch.empty(n, k, dtype=torch.uint8)
+    built.lowra_feedback_codes(
+        *map(_pointer, given), _pointer(columns), _pointer(codes),
+        _int(n), _int(k), _int(tables.shape[1]), _int(scales.shape[1]), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _int(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+for _kernel in (lloyd_rows, lloyd_shared, lloyd_scales, feedback_codes):
+    torch.library.impl(f"lowra::{_kernel.__name__}", "CPU", _kernel, lib=LIBRARY)

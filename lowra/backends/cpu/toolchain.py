@@ -1,0 +1,119 @@
+"""C++ source -> a loaded library: the system's compiler, a cache on disk, ctypes.
+
+A library is kept under a key of its source, the compiler, the flags and this CPU, so a cache that
+came from another machine is never run. Without a compiler nothing is built, and the caller falls
+back to plain torch; why is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from lowra.compiler.home import home_folder
+
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread",
+)  # fmt: skip
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT_SECONDS = 300
+SWITCH = "LOWRA_CPU_KERNELS"
+log = logging.getLogger("lowra")
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The library of sources/<name>.cpp, built on first use; None where it cannot be."""
+    if os.environ.get(SWITCH) == "off":
+        return None
+    compiler = find_compiler()
+    if compiler is None:
+        _explain("no C++ compiler was found; install g++ or clang++, or name one in CXX")
+        return None
+    try:
+        return load(source_of(name), name, compiler, home_folder() / "kernels")
+    except (OSError, subprocess.SubprocessError) as error:
+        _explain(str(error))
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _explain(why: str) -> None:
+    log.warning("compiling without fast CPU kernels, several times slower: %s", why)
+
+
+def source_of(name: str) -> str:
+    """The whole C++ text of a library: what all share, then its own file."""
+    folder = resources.files("lowra.backends.cpu") / "sources"
+    return (folder / "parallel.h").read_text() + (folder / f"{name}.cpp").read_text()
+
+
+def find_compiler() -> Path | None:
+    """`$CXX`, or the first known C++ compiler on the path."""
+    for name in (os.environ.get("CXX"), *COMPILERS):
+        found = shutil.which(name) if name else None
+        if found:
+            return Path(found).resolve()
+    return None
+
+
+def load(source: str, name: str, compiler: Path, folder: Path) -> ctypes.CDLL:
+    """The library of `source`, from `folder` or built into it. Raises OSError when neither works,
+    or SubprocessError when the compiler hangs.
+
+    A file that does not load is built anew; a folder that cannot be written is replaced by a
+    temporary one.
+    """
+    path = folder / f"{name}-{_key(source, compiler)}.so"
+    if path.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        build(source, compiler, path)
+    except PermissionError:
+        path = Path(tempfile.mkdtemp(prefix="lowra-kernels-")) / path.name
+        build(source, compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def build(source: str, compiler: Path, path: Path) -> None:
+    """Compile under a temporary name, then rename: other processes see all of it or nothing."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+        text, library_file = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
+        text.write_text(source)
+        command = [str(compiler), *FLAGS, str(text), "-o", str(library_file)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+        if done.returncode:
+            report = path.with_suffix(".log")
+            report.write_text(f"{' '.join(command)}\n{done.stderr}")
+            raise OSError(f"{compiler.name} failed; what it said is in {report}")
+        library_file.replace(path)
+
+
+def _key(source: str, compiler: Path) -> str:
+    stat = compiler.stat()
+    parts = (source, str(compiler), str(stat.st_size), str(stat.st_mtime_ns), *FLAGS, cpu_model())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_model() -> str:
+    """What tells this CPU's instruction set from another's."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        fixed = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+        return "\n".join(line for line in lines if line.startswith(fixed))
+    return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,31 @@
+"""The part of the `lowra::` dialect that compiling itself runs on: codebooks and codes.
+
+These ops have no gradient and are never traced; they are ops so that a backend can bring a fast
+kernel for them. Rows are independent of each other, so results do not depend on threads.
+
+    lloyd_rows      values [n, k], weights [n or 1, k or 1], starts of several widths [n, L]
+                    each -> levels float64 [n, L] of each width, then the losses float64 [n, widths].
+                    Lloyd per row: at most `iterations`, until a row's loss falls by less than
+                    `tolerance` of itself. An empty bin keeps its level.
+    lloyd_shared    the same with starts [L]: one codebook for all rows and a scale per row, refit
+                    in turn, each in closed form -> levels float64 [L], and the losses
+    lloyd_scales    fixed levels [L] of several widths -> scales and losses, float64 [n, widths]
+    feedback_codes  weight [n, k] in the order in which columns are rounded, upper [k, k] (Factor),
+                    tables [n, L] ascending and filled up with +inf, scales [n, groups] without
+                    zeros or None, columns int64 [k] the scale of each column -> codes uint8 [n, k]
+
+Values, weights, tables and scales are float32, starts and levels float64.
+"""
+
+from __future__ import annotations
+
+from lowra.compiler.ops import LIBRARY
+
+_LLOYD = "Tensor values, Tensor weights, Tensor[] starts, int iterations, float tolerance"
+LIBRARY.define(f"lloyd_rows({_LLOYD}) -> Tensor[]")
+LIBRARY.define(f"lloyd_shared({_LLOYD}) -> Tensor[]")
+LIBRARY.define(f"lloyd_scales({_LLOYD}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "feedback_codes(Tensor weight, Tensor upper, Tensor tables, Tensor? scales, Tensor columns)"
+    " -> Tensor"
+)
