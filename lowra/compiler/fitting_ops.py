@@ -3,10 +3,10 @@
 These ops have no gradient and are never traced; they are ops so that a backend can bring a fast
 kernel for them. Rows are independent of each other, so results do not depend on threads.
 
-    lloyd_rows      values [n, k], weights [n or 1, k or 1], starts of several widths [n, L]
-                    each -> levels float64 [n, L] of each width, then the losses float64 [n, widths].
-                    Lloyd per row: at most `iterations`, until a row's loss falls by less than
-                    `tolerance` of itself. An empty bin keeps its level.
+    lloyd_rows      values [n, k], weights [n or 1, k or 1], starts of several widths [n, L] each
+                    -> levels float64 [n, L] of each, then the losses float64 [n, widths]. At most
+                    `iterations`, until a row's loss falls by less than `tolerance` of itself. An
+                    empty bin keeps its level.
     lloyd_shared    the same with starts [L]: one codebook for all rows and a scale per row, refit
                     in turn, each in closed form -> levels float64 [L], and the losses
     lloyd_scales    fixed levels [L] of several widths -> scales and losses, float64 [n, widths]

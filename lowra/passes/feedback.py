@@ -41,17 +41,30 @@ def factorize(gram: Tensor, damping: float = DAMPING) -> Factor:
     if not bool(torch.isfinite(gram).all()):
         raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} holds NaN or infinity")
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    h = gram[order][:, order].double()
-    mean = float(h.diagonal().mean()) or 1.0
-    h = h.flip(0, 1)  # with H reversed = M M', reversing M gives R upper with H = R R', U = R^-1
-    eye = torch.eye(h.shape[0], dtype=h.dtype)
+    back = order.flip(0)
     for attempt in range(6):
-        lower, failed = torch.linalg.cholesky_ex(h + eye * (mean * damping * 10**attempt))
-        if int(failed) == 0:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-            if bool(torch.isfinite(upper).all()):
-                return Factor(order, upper.float().contiguous())
+        upper = _inverse_root(gram[back][:, back], damping * 10**attempt)
+        if upper is not None:
+            return Factor(order, upper)
     raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} is not positive definite")
+
+
+def _inverse_root(reversed_gram: Tensor, damping: float) -> Tensor | None:
+    """U upper with U'U the inverse of the damped matrix H, given with rows and columns reversed.
+
+    Reversed, H = M M'; so H = R R' with R = M reversed, an upper triangle, and U = R^-1. In float32
+    where that goes well, else in float64, else None.
+    """
+    mean = float(reversed_gram.diagonal().double().mean()) or 1.0
+    for dtype in (torch.float32, torch.float64):
+        eye = torch.eye(reversed_gram.shape[0], dtype=dtype)
+        lower, failed = torch.linalg.cholesky_ex(reversed_gram.to(dtype) + eye * (mean * damping))
+        if int(failed):
+            continue
+        upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
+        if bool(torch.isfinite(upper).all()):
+            return upper.contiguous()
+    return None
 
 
 def thresholds_of(tables: Tensor) -> Tensor:

@@ -52,20 +52,19 @@ class InitializeAdapters(Pass):
         weight = program.weight(site)
         gram = program.fact(site.name, Statistics).load(site.k)
         packed = program.fact(site.name, Packed)
-        base = packed.weight
+        residual = weight - packed.weight.dequantize()
         energy = output_error(weight, gram) or 1.0
         if self.rule == "loftq":
-            base, b, a = self._loftq(program, site, weight, base, rank)
+            base, b, a = self._loftq(program, site, weight, packed.weight, rank)
+            residual = weight - base.dequantize()
+            packed = Packed(base, output_error(residual, gram) / energy)
         elif self.rule == "zero":
             b, a = _zero_start(site, rank, self.seed + position)
         else:
-            b, a = closed_form(weight - base.dequantize(), gram, rank)
-        residual = weight - base.dequantize()
+            b, a = closed_form(residual, gram, rank)
         root = scaling**0.5
-        adapter = Adapter(
-            a / root, b / root, scaling, output_error(residual - b @ a, gram) / energy
-        )
-        return [adapter, Packed(base, output_error(residual, gram) / energy)]
+        left = output_error(residual - b @ a, gram) / energy
+        return [Adapter(a / root, b / root, scaling, left), packed]
 
     def _loftq(
         self, program: Program, site: Site, weight: Tensor, base: PackedWeight, rank: int

@@ -41,7 +41,8 @@ def fit_rows(
 ) -> list[Fit]:  # fmt: skip
     """A codebook per row and start [n, L]: Lloyd until the row's loss stops falling.
 
-    values [n, k], weights [n or 1, k or 1] (>= 0). The loss never rises from one iteration to the next.
+    values [n, k], weights [n or 1, k or 1] (>= 0). The loss never rises from an iteration to the
+    next.
     """
     *levels, loss = torch.ops.lowra.lloyd_rows(
         values, weights, [start.double() for start in starts], iterations, tolerance

@@ -47,9 +47,14 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
-@functools.lru_cache(maxsize=1)
+_explained: list[str] = []
+
+
 def _explain(why: str) -> None:
-    log.warning("compiling without fast CPU kernels, several times slower: %s", why)
+    """Say once per process why there are no kernels."""
+    if not _explained:
+        log.warning("compiling without fast CPU kernels, several times slower: %s", why)
+    _explained.append(why)
 
 
 def source_of(name: str) -> str:

@@ -1,0 +1,112 @@
+"""The C++ kernels that compiling runs on, against their plain-torch meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowra.backends.cpu import fitting, toolchain
+from lowra.backends.reference import feedback, lloyd
+
+pytestmark = pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
+DRAWN = settings(max_examples=40, deadline=None, derandomize=True)
+ROWS, COLUMNS, SEEDS = st.integers(1, 150), st.integers(1, 130), st.integers(0, 999)
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rows_of(n: int, k: int, seed: int, shared_weights: bool) -> tuple[Tensor, Tensor]:
+    generator = generator_of(seed)
+    values = torch.randn(n, k, generator=generator) * (torch.rand(n, 1, generator=generator) + 0.1)
+    values[:, ::5] = values[:, :1].clone()  # ties
+    return values, torch.rand(1 if shared_weights else n, k, generator=generator)
+
+
+def starts_of(widths: list[int], rows: int | None, seed: int) -> list[Tensor]:
+    generator = generator_of(seed + 1)
+    shapes = [(1 << b,) if rows is None else (rows, 1 << b) for b in widths]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).sort(-1)[0] for s in shapes]
+
+
+@DRAWN
+@given(ROWS, COLUMNS, SEEDS, st.booleans(), st.sampled_from([1, 2, 60]))
+def test_lloyd_rows(n: int, k: int, seed: int, shared: bool, iterations: int) -> None:
+    rows, starts = rows_of(n, k, seed, shared), starts_of([1, 2, 3, 4], n, seed)
+    got = fitting.lloyd_rows(*rows, starts, iterations, 1e-6)
+    want = lloyd.lloyd_rows(*rows, starts, iterations, 1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+@DRAWN
+@given(ROWS, COLUMNS, SEEDS, st.booleans(), st.sampled_from([1, 2, 60]))
+def test_lloyd_shared_and_scales(n: int, k: int, seed: int, shared: bool, iterations: int) -> None:
+    rows, starts = rows_of(n, k, seed, shared), starts_of([1, 2, 3], None, seed)
+    got = fitting.lloyd_shared(*rows, starts, iterations, 1e-6)
+    want = lloyd.lloyd_shared(*rows, starts, iterations, 1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    got_scales = fitting.lloyd_scales(*rows, got[:-1], iterations, 1e-6)
+    want_scales = lloyd.lloyd_scales(*rows, got[:-1], iterations, 1e-6)
+    torch.testing.assert_close(got_scales, want_scales, rtol=1e-7, atol=1e-9)
+
+
+def feedback_case(n: int, k: int, groups: int, seed: int) -> tuple[Tensor, ...]:
+    generator = generator_of(seed)
+    weight = torch.randn(n, k, generator=generator)
+    upper = torch.randn(k, k, generator=generator).triu(1) * 0.1
+    upper += torch.diag(torch.rand(k, generator=generator) + 0.5)
+    tables = torch.randn(n, 16, generator=generator).sort(1)[0]
+    for row in range(n):
+        tables[row, 2 << row % 4 :] = torch.inf
+    scales = torch.rand(n, groups, generator=generator) + 0.5
+    return weight, upper, tables, scales, torch.arange(k) * groups // k
+
+
+@DRAWN
+@given(ROWS, COLUMNS, SEEDS, st.sampled_from([0, 1, 3]))
+def test_feedback_codes(n: int, k: int, seed: int, groups: int) -> None:
+    weight, upper, tables, scales, columns = feedback_case(n, k, max(groups, 1), seed)
+    given_scales = scales if groups else None
+    got = fitting.feedback_codes(weight, upper, tables, given_scales, columns)
+    want = feedback.feedback_codes(weight, upper, tables, given_scales, columns)
+    assert got.dtype == torch.uint8
+    # A tie that rounding tips sends a row elsewhere; but rows are many and ties are rare.
+    assert int((got != want).any(1).sum()) <= 1 + n // 20
+
+
+def test_wide_tables() -> None:
+    weight, upper, _, scales, columns = feedback_case(70, 90, 2, 5)
+    tables = torch.randn(70, 256, generator=generator_of(1)).sort(1)[0]
+    got = fitting.feedback_codes(weight, upper, tables, scales, columns)
+    want = feedback.feedback_codes(weight, upper, tables, scales, columns)
+    assert float((got != want).float().mean()) < 0.02
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    rows = rows_of(200, 300, 3, True)
+    weight, upper, tables, scales, columns = feedback_case(200, 300, 1, 3)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            levels = fitting.lloyd_shared(*rows, starts_of([2, 4], None, 0), 60, 1e-6)
+            codes = fitting.feedback_codes(weight, upper, tables, scales, columns)
+            results.append([*levels, *fitting.lloyd_scales(*rows, levels[:-1], 60, 0.0), codes])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(fitting, "library", lambda name: asked.append(name))
+    rows = rows_of(3, 10, 0, True)
+    torch.ops.lowra.lloyd_scales(*rows, starts_of([1], None, 0), 5, 0.0)
+    torch.ops.lowra.feedback_codes(*feedback_case(3, 10, 1, 0))
+    assert asked == ["lloyd", "feedback"]
