@@ -13,6 +13,8 @@ kernel for them. Rows are independent of each other, so results do not depend on
     feedback_codes  weight [n, k] in the order in which columns are rounded, upper [k, k] (Factor),
                     tables [n, L] ascending and filled up with +inf, scales [n, groups] without
                     zeros or None, columns int64 [k] the scale of each column -> codes uint8 [n, k]
+    descend_codes   weight [n, k], gram [k, k], codes and the rest as above: coordinate descent on
+                    the output error, at most `sweeps` times over the columns -> codes uint8 [n, k]
 
 Values, weights, tables and scales are float32, starts and levels float64.
 """
@@ -25,7 +27,8 @@ _LLOYD = "Tensor values, Tensor weights, Tensor[] starts, int iterations, float 
 LIBRARY.define(f"lloyd_rows({_LLOYD}) -> Tensor[]")
 LIBRARY.define(f"lloyd_shared({_LLOYD}) -> Tensor[]")
 LIBRARY.define(f"lloyd_scales({_LLOYD}) -> (Tensor, Tensor)")
+_TABLES = "Tensor tables, Tensor? scales, Tensor columns"
+LIBRARY.define(f"feedback_codes(Tensor weight, Tensor upper, {_TABLES}) -> Tensor")
 LIBRARY.define(
-    "feedback_codes(Tensor weight, Tensor upper, Tensor tables, Tensor? scales, Tensor columns)"
-    " -> Tensor"
+    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, int sweeps) -> Tensor"
 )

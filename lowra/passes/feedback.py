@@ -24,6 +24,8 @@ class Factor:
 
     order: Tensor
     upper: Tensor
+    damping: float
+    """What was added to the diagonal of the Gram matrix."""
 
     def conditional_variance(self) -> Tensor:
         """float32 [k] in original column order."""
@@ -42,10 +44,12 @@ def factorize(gram: Tensor, damping: float = DAMPING) -> Factor:
         raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} holds NaN or infinity")
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     back = order.flip(0)
+    mean = float(gram.diagonal().double().mean()) or 1.0
     for attempt in range(6):
-        upper = _inverse_root(gram[back][:, back], damping * 10**attempt)
+        added = mean * damping * 10**attempt
+        upper = _inverse_root(gram[back][:, back], added)
         if upper is not None:
-            return Factor(order, upper)
+            return Factor(order, upper, added)
     raise CalibrationError(f"a Gram matrix of size {gram.shape[0]} is not positive definite")
 
 
@@ -55,10 +59,9 @@ def _inverse_root(reversed_gram: Tensor, damping: float) -> Tensor | None:
     Reversed, H = M M'; so H = R R' with R = M reversed, an upper triangle, and U = R^-1. In float32
     where that goes well, else in float64, else None.
     """
-    mean = float(reversed_gram.diagonal().double().mean()) or 1.0
     for dtype in (torch.float32, torch.float64):
         eye = torch.eye(reversed_gram.shape[0], dtype=dtype)
-        lower, failed = torch.linalg.cholesky_ex(reversed_gram.to(dtype) + eye * (mean * damping))
+        lower, failed = torch.linalg.cholesky_ex(reversed_gram.to(dtype) + eye * damping)
         if int(failed):
             continue
         upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).float()
@@ -100,6 +103,21 @@ def feedback_codes(
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result.long()
+
+
+def descend_codes(
+    weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, group: int, codes: Tensor,
+    sweeps: int = 2,
+) -> Tensor:  # fmt: skip
+    """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', columns by energy."""
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    moved = torch.ops.lowra.descend_codes(
+        weight[:, order], gram[order][:, order], tables, None if scales is None else _safe(scales),
+        scale_index(weight.shape[1], group)[order], codes[:, order].to(torch.uint8), sweeps,
+    )  # fmt: skip
+    result = torch.empty_like(codes)
+    result[:, order] = moved.long()
+    return result
 
 
 def _safe(scales: Tensor) -> Tensor:

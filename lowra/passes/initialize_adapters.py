@@ -77,7 +77,7 @@ class InitializeAdapters(Pass):
         for _ in range(self.iterations - 1):
             target = rotate(weight - b @ a, rotation)
             fresh = _rescaled(books, target)
-            base = quantize(target, None, None, fresh, widths, rotation)
+            base = quantize(target, None, fresh, widths, rotation)
             b, a = closed_form(weight - base.dequantize(), identity, rank)
         return base, b, a
 

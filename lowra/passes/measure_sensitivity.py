@@ -15,7 +15,7 @@ from lowra.compiler.program import Program
 from lowra.compiler.progress import stage
 from lowra.compiler.spill import StoredTensor, write_tensors
 
-WINDOW = 128
+WINDOW = 256
 """Tokens per backward pass: bounds the memory of its activations."""
 
 
@@ -26,14 +26,14 @@ class MeasureSensitivity(Pass):
 
     The loss then rises by about sum_j E[g_j^2] (w_j - w^_j)' G (w_j - w^_j) / 2. Gradients stop at
     the linears' outputs, so no weight gradient is ever formed; at most `tokens` calibration tokens
-    are used, in windows of 128. Programs that are no causal language model, and data-free ones, are
+    are used, in windows of 256. Programs that are no causal language model, and data-free ones, are
     left as they are.
     """
 
     name: ClassVar[str] = "measure-sensitivity"
     reads: ClassVar = (Statistics,)
     writes: ClassVar = (Statistics,)
-    tokens: int = 4096
+    tokens: int = 2048
 
     def run(self, program: Program) -> Program:
         windows = self._windows(program)
@@ -58,7 +58,7 @@ class MeasureSensitivity(Pass):
         )
 
     def _windows(self, program: Program) -> list[Tensor]:
-        """Token ids [1, <= 128] to measure on; none where the program has no next-token loss."""
+        """Token ids [1, <= 256] to measure on; none where the program has no next-token loss."""
         if program.graph is None or not program.causal or program.inputs[:1] != ("input_ids",):
             return []
         if not program.calibration:

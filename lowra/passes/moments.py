@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowra.compiler.facts import Statistics
@@ -14,7 +15,7 @@ from lowra.passes.feedback import Factor, factorize
 
 @dataclass(frozen=True)
 class InputMoments:
-    """gram float32 [k, k] in rotated coordinates, and its Factor."""
+    """gram float32 [k, k] in rotated coordinates, damped as its Factor is: the metric of errors."""
 
     gram: Tensor
     factor: Factor
@@ -37,5 +38,7 @@ class MomentsReader:
             gram = statistics.load(site.k)
             if statistics.gram is not None:  # the identity is the same in every rotation
                 gram = rotate_gram(gram, rotation)
-            self._key, self._last = key, InputMoments(gram, factorize(gram))
+            factor = factorize(gram)
+            gram = gram + torch.eye(site.k) * factor.damping
+            self._key, self._last = key, InputMoments(gram, factor)
         return self._last

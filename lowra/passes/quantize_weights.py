@@ -20,8 +20,9 @@ from lowra.passes.quantizer import output_error, quantize
 class QuantizeWeights(Pass):
     """Quantize and pack every site.
 
-    feedback: GPTQ error feedback (arXiv 2210.17323) with each row's own codebook, then a closed
-    form refit of row scales; off, plain rounding to the nearest level. Finished sites are kept in
+    feedback: GPTQ error feedback (arXiv 2210.17323) with each row's own codebook, then scales in
+    closed form and coordinate descent on the codes in turn, `rounds` times; off, plain rounding to
+    the nearest level. Finished sites are kept in
     the program's spill folder, so an interrupted compile resumes.
     """
 
@@ -29,6 +30,7 @@ class QuantizeWeights(Pass):
     reads: ClassVar = (Rotation, Statistics, Codebooks, Precision)
     writes: ClassVar = (Packed,)
     feedback: bool = True
+    rounds: int = 2
 
     def run(self, program: Program) -> Program:
         facts: dict[str, list[object]] = {}
@@ -57,10 +59,8 @@ class QuantizeWeights(Pass):
         books = program.fact(site.name, Codebooks)
         precision = program.fact(site.name, Precision)
         weight = rotate(program.weight(site), rotation)
-        if not self.feedback:
-            return quantize(weight, None, None, books, precision.row_widths, rotation)
-        read = moments.read(site)
-        return quantize(weight, read.gram, read.factor, books, precision.row_widths, rotation)
+        read = moments.read(site) if self.feedback else None
+        return quantize(weight, read, books, precision.row_widths, rotation, self.rounds)
 
 
 def _digest(program: Program, site: Site) -> str:

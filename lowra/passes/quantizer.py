@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from lowra.compiler.facts import Codebooks
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import NO_SCALES, PackedWeight, pack_weight
-from lowra.passes.feedback import Factor, feedback_codes, nearest_codes, scale_index
+from lowra.compiler.storage import PackedWeight, pack_weight
+from lowra.passes.feedback import descend_codes, feedback_codes, nearest_codes, scale_index
+from lowra.passes.moments import InputMoments
+
+Step = Callable[[Tensor, Tensor, "Rounded"], "Rounded"]
 
 
 def quantize(
-    weight: Tensor, gram: Tensor | None, factor: Factor | None, books: Codebooks,
-    row_widths: Tensor, rotation: Rotation,
+    weight: Tensor, moments: InputMoments | None, books: Codebooks,
+    row_widths: Tensor, rotation: Rotation, rounds: int = 0,
 ) -> PackedWeight:  # fmt: skip
     """Quantize float32 [n, k], given in the coordinates of `rotation`.
 
-    With `factor`, codes come from error feedback and each row's scale is then refit in closed form
-    against `gram` (kept where the row's output error falls); without, each weight goes to its
-    nearest level.
+    With `moments`, codes come from error feedback, and `rounds` times each row's scale is refit in
+    closed form and its codes descend (kept where the row's output error falls); without, each
+    weight goes to its nearest level.
     """
     tables, scales = row_tables(books, row_widths)
-    if factor is None or gram is None:
+    if moments is None:
         codes = nearest_codes(weight, tables, scales, books.group)
     else:
-        codes = feedback_codes(weight, factor, tables, scales, books.group)
-        tables, scales = _refit(weight, gram, codes, tables, scales, books)
+        codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
+        state = Rounded(codes, tables, scales, books.group)
+        state = refine(weight, moments.gram, state, rounds)
+        codes, tables, scales = state.codes, state.tables, state.scales
     shared = {b: books.levels[b] for b in row_widths.unique().tolist()} if books.shared else None
     return pack_weight(codes, row_widths, shared or tables, scales, books.group, rotation)
 
@@ -47,21 +55,70 @@ def row_tables(books: Codebooks, row_widths: Tensor) -> tuple[Tensor, Tensor | N
     return tables, scales
 
 
-def _refit(
-    weight: Tensor, gram: Tensor, codes: Tensor,
-    tables: Tensor, scales: Tensor | None, books: Codebooks,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Multiply each row by its best factor f = (q G w') / (q G q'), rounded as it is stored."""
-    value = tables.gather(1, codes)
-    if scales is not None:
-        value = value * scales[:, scale_index(weight.shape[1], books.group)]
+@dataclass(frozen=True)
+class Rounded:
+    """codes [n, k], tables [n, L], scales [n, groups] or None."""
+
+    codes: Tensor
+    tables: Tensor
+    scales: Tensor | None
+    group: int
+
+    def values(self) -> Tensor:
+        """What the codes stand for: float32 [n, k]."""
+        value = self.tables.gather(1, self.codes)
+        if self.scales is None:
+            return value
+        return value * self.scales[:, scale_index(value.shape[1], self.group)]
+
+    def rows_where(self, rows: Tensor, other: Rounded) -> Rounded:
+        """`other` in the rows (bool [n]) named, this elsewhere."""
+        pick = rows.unsqueeze(1)
+        scales = self.scales
+        if scales is not None and other.scales is not None:
+            scales = torch.where(pick, other.scales, scales)
+        codes = torch.where(pick, other.codes, self.codes)
+        return Rounded(codes, torch.where(pick, other.tables, self.tables), scales, self.group)
+
+
+def refine(weight: Tensor, gram: Tensor, state: Rounded, rounds: int) -> Rounded:
+    """Alternate scales in closed form and coordinate descent on codes; no row's error rises."""
+    state, loss = _better(weight, gram, state, row_errors(weight, gram, state), _rescaled)
+    for _ in range(rounds):
+        for step in (_descended, _rescaled):
+            state, loss = _better(weight, gram, state, loss, step)
+    return state
+
+
+def _better(
+    weight: Tensor, gram: Tensor, state: Rounded, loss: Tensor, step: Step
+) -> tuple[Rounded, Tensor]:
+    """The state after a step, in the rows where that lowers the error, and the errors [n]."""
+    changed = step(weight, gram, state)
+    after = row_errors(weight, gram, changed)
+    return state.rows_where(after < loss, changed), torch.minimum(loss, after)
+
+
+def row_errors(weight: Tensor, gram: Tensor, state: Rounded) -> Tensor:
+    """e G e' of each row, float32 [n]."""
+    error = weight - state.values()
+    return ((error @ gram) * error).sum(1)
+
+
+def _descended(weight: Tensor, gram: Tensor, state: Rounded) -> Rounded:
+    codes = descend_codes(weight, gram, state.tables, state.scales, state.group, state.codes)
+    return replace(state, codes=codes)
+
+
+def _rescaled(weight: Tensor, gram: Tensor, state: Rounded) -> Rounded:
+    """Each row times its best factor f = (q G w') / (q G q'), rounded as it is stored."""
+    value = state.values()
     product = value @ gram
     above, below = (product * weight).sum(1), (product * value).sum(1)
     factor = torch.where((below > 0) & (above > 0), above / below.clamp_min(1e-30), 1.0)
-    if books.group == NO_SCALES:
-        return (tables * factor.unsqueeze(1)).half().float(), scales
-    assert scales is not None
-    return tables, (scales * factor.unsqueeze(1)).half().float()
+    if state.scales is None:
+        return replace(state, tables=(state.tables * factor.unsqueeze(1)).half().float())
+    return replace(state, scales=(state.scales * factor.unsqueeze(1)).half().float())
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:

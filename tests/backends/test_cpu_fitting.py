@@ -109,4 +109,37 @@ def test_the_ops_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(3, 10, 0, True)
     torch.ops.lowra.lloyd_scales(*rows, starts_of([1], None, 0), 5, 0.0)
     torch.ops.lowra.feedback_codes(*feedback_case(3, 10, 1, 0))
-    assert asked == ["lloyd", "feedback"]
+    assert asked == ["lloyd", "codes"]
+
+
+def gram_of(k: int, seed: int) -> Tensor:
+    x = torch.randn(2 * k + 5, k, generator=generator_of(seed)) + 0.3
+    return x.T @ x / len(x)
+
+
+@DRAWN
+@given(ROWS, COLUMNS, SEEDS, st.sampled_from([0, 1, 3]))
+def test_descend_codes(n: int, k: int, seed: int, groups: int) -> None:
+    weight, _, tables, scales, columns = feedback_case(n, k, max(groups, 1), seed)
+    gram = gram_of(k, seed)
+    start = torch.zeros(n, k, dtype=torch.uint8)
+    arguments = (weight, gram, tables, scales if groups else None, columns, start)
+    got, want = fitting.descend_codes(*arguments, 1), feedback.descend_codes(*arguments, 1)
+    assert int((got != want).any(1).sum()) <= 1 + n // 20
+    assert int(start.max()) == 0, "the input is not written to"
+
+
+@DRAWN
+@given(st.integers(1, 70), st.integers(2, 90), SEEDS)
+def test_no_sweep_raises_the_output_error(n: int, k: int, seed: int) -> None:
+    weight, _, tables, scales, columns = feedback_case(n, k, 2, seed)
+    gram = gram_of(k, seed)
+    codes = torch.zeros(n, k, dtype=torch.uint8)
+    before = torch.full((n,), torch.inf, dtype=torch.float64)
+    for _ in range(4):
+        value = tables.gather(1, codes.long()) * scales[:, columns]
+        error = (weight - value).double()
+        now = ((error @ gram.double()) * error).sum(1)
+        assert bool((now <= before * (1 + 1e-4) + 1e-6).all())
+        before = now
+        codes = fitting.descend_codes(weight, gram, tables, scales, columns, codes, 1)

@@ -77,7 +77,7 @@ def test_a_compiler_that_fails_leaves_a_log_and_one_warning(
 ) -> None:
     monkeypatch.setenv("CXX", str(script(home / "broken-c++", "echo no such flag >&2; exit 1")))
     assert toolchain.library("lloyd") is None
-    assert toolchain.library("feedback") is None
+    assert toolchain.library("codes") is None
     messages = [r.getMessage() for r in caplog.records if "CPU kernels" in r.getMessage()]
     assert len(messages) == 1 and "broken-c++ failed" in messages[0]
     (log, *_) = sorted((home / "kernels").glob("*.log"))
@@ -90,7 +90,7 @@ def test_no_compiler_is_said_once(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(home))
-    assert toolchain.library("lloyd") is None and toolchain.library("feedback") is None
+    assert toolchain.library("lloyd") is None and toolchain.library("codes") is None
     messages = [r.getMessage() for r in caplog.records if "CPU kernels" in r.getMessage()]
     assert len(messages) == 1 and "install g++ or clang++" in messages[0]
 
@@ -123,7 +123,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 @needs_compiler
 def test_sources_compile_without_a_warning(tmp_path: Path) -> None:
     assert COMPILER is not None
-    for name in ("lloyd", "feedback"):
+    for name in ("lloyd", "codes"):
         file = tmp_path / f"{name}.cpp"
         file.write_text(toolchain.source_of(name))
         done = subprocess.run(

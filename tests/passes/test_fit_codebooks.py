@@ -64,7 +64,7 @@ def test_expected_loss_is_what_plain_rounding_loses_without_data(
         books, weight = program.fact(site.name, Codebooks), weights[site.name]
         for column, width in enumerate(WIDTHS):
             rows = torch.full((site.n,), width, dtype=torch.uint8)
-            value = quantize(weight, None, None, books, rows, Rotation()).dequantize()
+            value = quantize(weight, None, books, rows, Rotation()).dequantize()
             lost = (weight - value).double().square().sum(1)
             lost /= site.k if rule == "paper" else float(weight.double().square().sum())
             torch.testing.assert_close(books.loss[:, column], lost, rtol=0.03, atol=1e-6)
@@ -161,7 +161,7 @@ def test_odd_weights_have_finite_codebooks(rule: str, group: int, shared: bool, 
     assert bool(torch.isfinite(books.loss).all())
     for width in WIDTHS:
         rows = torch.full((4,), width, dtype=torch.uint8)
-        value = quantize(weight, None, None, books, rows, Rotation()).dequantize()
+        value = quantize(weight, None, books, rows, Rotation()).dequantize()
         assert bool(torch.isfinite(value).all())
         if what in ("a zero row", "all zero"):
             assert float(value[1].abs().max()) < 1e-3
@@ -195,5 +195,5 @@ def test_every_kind_of_codebook_is_stored_or_refused(rule: str, shared: bool) ->
         return
     books = program.fact("a", Codebooks)
     rows = torch.full((6,), 4, dtype=torch.uint8)
-    value = quantize(weight, None, None, books, rows, Rotation()).dequantize()
+    value = quantize(weight, None, books, rows, Rotation()).dequantize()
     assert float((weight - value).square().sum() / weight.square().sum()) < 0.05

@@ -75,19 +75,40 @@ def _run(
 def feedback_codes(
     weight: Tensor, upper: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor
 ) -> Tensor:
-    built = library("feedback")
+    built = library("codes")
     if built is None:
         return feedback.feedback_codes(weight, upper, tables, scales, columns)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    _write_codes(built.lowra_feedback_codes, weight, upper, tables, scales, columns, codes)
+    return codes
+
+
+def descend_codes(
+    weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
+    codes: Tensor, sweeps: int,
+) -> Tensor:  # fmt: skip
+    built = library("codes")
+    if built is None:
+        return feedback.descend_codes(weight, gram, tables, scales, columns, codes, sweeps)
+    codes = codes.clone(memory_format=torch.contiguous_format)
+    kernel = built.lowra_descend_codes
+    _write_codes(kernel, weight, gram, tables, scales, columns, codes, _int(sweeps))
+    return codes
+
+
+def _write_codes(
+    kernel: Any, weight: Tensor, matrix: Tensor, tables: Tensor, scales: Tensor | None,
+    columns: Tensor, codes: Tensor, *rest: object,
+) -> None:  # fmt: skip
+    """Call a kernel of codes.cpp; codes are written in place."""
     n, k = weight.shape
     scales = torch.ones(n, 1) if scales is None else scales
-    given = [t.float().contiguous() for t in (weight, upper, tables, scales)]
+    given = [t.float().contiguous() for t in (weight, matrix, tables, scales)]
     columns = columns.long().contiguous()
-    codes = torch.empty(n, k, dtype=torch.uint8)
-    built.lowra_feedback_codes(
-        *map(_pointer, given), _pointer(columns), _pointer(codes),
-        _int(n), _int(k), _int(tables.shape[1]), _int(scales.shape[1]), torch.get_num_threads(),
+    kernel(
+        *map(_pointer, given), _pointer(columns), _pointer(codes), _int(n), _int(k),
+        _int(tables.shape[1]), _int(scales.shape[1]), *rest, torch.get_num_threads(),
     )  # fmt: skip
-    return codes
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -98,5 +119,5 @@ def _int(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
 
 
-for _kernel in (lloyd_rows, lloyd_shared, lloyd_scales, feedback_codes):
+for _kernel in (lloyd_rows, lloyd_shared, lloyd_scales, feedback_codes, descend_codes):
     torch.library.impl(f"lowra::{_kernel.__name__}", "CPU", _kernel, lib=LIBRARY)

@@ -1,4 +1,4 @@
-"""Error feedback (GPTQ, arXiv 2210.17323) in plain torch: what `feedback_codes` means."""
+"""Error feedback (GPTQ, arXiv 2210.17323) and coordinate descent on codes, in plain torch."""
 
 from __future__ import annotations
 
@@ -35,6 +35,34 @@ def feedback_codes(
     return codes.T.contiguous()
 
 
-torch.library.impl(
-    "lowra::feedback_codes", "CompositeExplicitAutograd", feedback_codes, lib=LIBRARY
-)
+def descend_codes(
+    weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
+    codes: Tensor, sweeps: int,
+) -> Tensor:  # fmt: skip
+    """Each column in turn to the level that is best given all others: with e = w - q, the best
+    value of column i is q_i + (e G)_i / G_ii, rounded. No step raises e G e'."""
+    n, k = weight.shape
+    codes = codes.clone()
+    factors = torch.ones(1, n) if scales is None else scales.T.contiguous()
+    thresholds = ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
+    finite = torch.where(torch.isinf(tables), torch.zeros(()), tables)
+    values = (finite.gather(1, codes.long()).T * factors[columns]).contiguous()
+    slope = gram @ (weight.T - values)
+    for _ in range(sweeps):
+        before = codes.clone()
+        for i in range(k):
+            scale = factors[columns[i]]
+            wanted = values[i] + slope[i] / gram[i, i]
+            code = torch.searchsorted(thresholds, (wanted / scale).unsqueeze(1))
+            value = finite.gather(1, code).squeeze(1) * scale
+            slope.addr_(gram[i], value - values[i], alpha=-1)
+            values[i], codes[:, i] = value, code.squeeze(1)
+        if torch.equal(before, codes):
+            break
+    return codes
+
+
+for _kernel in (feedback_codes, descend_codes):
+    torch.library.impl(
+        f"lowra::{_kernel.__name__}", "CompositeExplicitAutograd", _kernel, lib=LIBRARY
+    )

@@ -1,0 +1,190 @@
+// lowra::feedback_codes: error feedback (GPTQ), and lowra::descend_codes: coordinate descent, with a
+// codebook per row.
+//
+// Rows do not depend on each other. A block of ROWS of them lies transposed, [k][ROWS], so that a
+// vector holds one column of many rows; the k x k matrix streams past it. Inside a panel of PANEL
+// columns changes spread at once, outside it as a small matrix product held in registers.
+
+constexpr int LANES = 16, VECTORS = 4, ROWS = LANES * VECTORS, PANEL = 32, TILE = 4;
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+struct Column { Vector part[VECTORS]; };
+
+struct Block {  // everything of ROWS rows, transposed
+    std::vector<Column> weight, thresholds, levels, scales;
+    int64_t levels_used = 1;
+};
+
+static void load(std::vector<Column>& to, const float* from, int64_t rows, int64_t columns) {
+    to.resize(columns);
+    float* lane = reinterpret_cast<float*>(to.data());
+    for (int64_t row = 0; row < ROWS; row++) {
+        const float* source = from + std::min(row, rows - 1) * columns;
+        for (int64_t c = 0; c < columns; c++) lane[c * ROWS + row] = source[c];
+    }
+}
+
+static void load_tables(Block& block, const float* tables, int64_t rows, int64_t count) {
+    load(block.levels, tables, rows, count);
+    block.thresholds.resize(count);
+    block.levels_used = 1;
+    for (int64_t j = 0; j + 1 < count; j++) {
+        bool finite = false;
+        for (int v = 0; v < VECTORS; v++) {
+            Vector above = block.levels[j + 1].part[v];
+            block.thresholds[j].part[v] = (block.levels[j].part[v] + above) / 2;
+            for (int i = 0; i < LANES; i++) finite |= above[i] < __builtin_inff();
+        }
+        if (!finite) break;
+        block.levels_used = j + 2;
+    }
+}
+
+// The nearest level to `wanted` (in units of the scale) in part v of a row block, and its code.
+static Vector nearest(const Block& block, int v, Vector wanted, Integers& code) {
+    Vector level = block.levels[0].part[v];
+    code = Integers{};
+    for (int64_t j = 0; j + 1 < block.levels_used; j++) {
+        const Integers above = block.thresholds[j].part[v] < wanted;
+        code -= above;
+        level = above ? block.levels[j + 1].part[v] : level;
+    }
+    return level;
+}
+
+static void store(Integers code, int v, uint8_t* codes, int64_t stride, int64_t rows) {
+    for (int64_t i = 0; i < LANES && v * LANES + i < rows; i++)
+        codes[(v * LANES + i) * stride] = static_cast<uint8_t>(code[i]);
+}
+
+// Rounds one column; codes go to `codes` with stride k.
+static void round_column(const Block& block, int64_t column, const Column& scale, float inverse,
+                         Column& error, uint8_t* codes, int64_t stride, int64_t rows) {
+    for (int v = 0; v < VECTORS; v++) {
+        const Vector w = block.weight[column].part[v];
+        Integers code;
+        const Vector level = nearest(block, v, w / scale.part[v], code);
+        error.part[v] = (w - level * scale.part[v]) * inverse;
+        store(code, v, codes, stride, rows);
+    }
+}
+
+// to[j..j+COUNT) -= sum over the panel's columns i of matrix[i][j] * changes[i]
+template <int COUNT>
+static void spread(Column* to, const float* matrix, int64_t k, const Column* changes, int panel) {
+    Column sum[COUNT];
+    for (int j = 0; j < COUNT; j++) sum[j] = to[j];
+    for (int i = 0; i < panel; i++)
+        for (int j = 0; j < COUNT; j++)
+            for (int v = 0; v < VECTORS; v++)
+                sum[j].part[v] -= changes[i].part[v] * matrix[i * k + j];
+    for (int j = 0; j < COUNT; j++) to[j] = sum[j];
+}
+
+// The same for all columns in [begin, end).
+static void spread_over(Column* to, int64_t begin, int64_t end, const float* matrix, int64_t k,
+                        const Column* changes, int panel) {
+    int64_t j = begin;
+    for (; j + TILE <= end; j += TILE) spread<TILE>(to + j, matrix + j, k, changes, panel);
+    for (; j < end; j++) spread<1>(to + j, matrix + j, k, changes, panel);
+}
+
+static void feedback_block(Block& block, const float* upper, const int64_t* columns, uint8_t* codes,
+                           int64_t rows, int64_t k) {
+    Column errors[PANEL];
+    Column* weight = block.weight.data();
+    for (int64_t start = 0; start < k; start += PANEL) {
+        const int64_t end = std::min<int64_t>(k, start + PANEL);
+        for (int64_t i = start; i < end; i++) {
+            Column& error = errors[i - start];
+            const float* row = upper + i * k;
+            round_column(block, i, block.scales[columns[i]], 1 / row[i], error, codes + i, k, rows);
+            for (int64_t j = i + 1; j < end; j++)
+                for (int v = 0; v < VECTORS; v++) weight[j].part[v] -= error.part[v] * row[j];
+        }
+        spread_over(weight, end, k, upper + start * k, k, errors, end - start);
+    }
+}
+
+// weight [n, k], upper [k, k], tables [n, count], scales [n, groups], columns [k] -> codes [n, k]
+extern "C" void lowra_feedback_codes(const float* weight, const float* upper, const float* tables,
+                                     const float* scales, const int64_t* columns, uint8_t* codes,
+                                     int64_t n, int64_t k, int64_t count, int64_t groups,
+                                     int threads) {
+    parallel_rows(n, ROWS, threads, [&](int64_t begin, int64_t end) {
+        Block block;
+        load(block.weight, weight + begin * k, end - begin, k);
+        load_tables(block, tables + begin * count, end - begin, count);
+        load(block.scales, scales + begin * groups, end - begin, groups);
+        feedback_block(block, upper, columns, codes + begin * k, end - begin, k);
+    });
+}
+
+// The value that each code of a row block stands for.
+static void load_values(const Block& block, const uint8_t* codes, const int64_t* columns,
+                        int64_t rows, int64_t k, std::vector<Column>& values) {
+    values.resize(k);
+    for (int64_t c = 0; c < k; c++)
+        for (int64_t lane = 0; lane < ROWS; lane++) {
+            const int v = int(lane / LANES), i = int(lane % LANES);
+            const uint8_t code = codes[std::min(lane, rows - 1) * k + c];
+            values[c].part[v][i] = block.levels[code].part[v][i] * block.scales[columns[c]].part[v][i];
+        }
+}
+
+// One sweep: each column in turn to the level that is best given all others. `slope` is the error
+// times the Gram matrix, kept up to date. Returns whether anything changed.
+static bool sweep(const Block& block, const float* gram, const int64_t* columns,
+                  std::vector<Column>& values, std::vector<Column>& slope, uint8_t* codes,
+                  int64_t rows, int64_t k) {
+    Column changes[PANEL];
+    bool any = false;
+    for (int64_t start = 0; start < k; start += PANEL) {
+        const int64_t end = std::min<int64_t>(k, start + PANEL);
+        bool here = false;
+        for (int64_t i = start; i < end; i++) {
+            const float* row = gram + i * k;
+            const Column& scale = block.scales[columns[i]];
+            for (int v = 0; v < VECTORS; v++) {
+                const Vector old = values[i].part[v], wanted = old + slope[i].part[v] / row[i];
+                Integers code;
+                const Vector now = nearest(block, v, wanted / scale.part[v], code) * scale.part[v];
+                const Vector change = changes[i - start].part[v] = now - old;
+                for (int lane = 0; lane < LANES; lane++) here |= change[lane] != 0;
+                values[i].part[v] = now;
+                store(code, v, codes + i, k, rows);
+                for (int64_t j = start; j < end; j++) slope[j].part[v] -= change * row[j];
+            }
+        }
+        if (!here) continue;
+        any = true;
+        const float* panel = gram + start * k;
+        spread_over(slope.data(), 0, start, panel, k, changes, end - start);
+        spread_over(slope.data(), end, k, panel, k, changes, end - start);
+    }
+    return any;
+}
+
+// weight [n, k], gram [k, k] with a positive diagonal, codes [n, k] in and out; the rest as above.
+extern "C" void lowra_descend_codes(const float* weight, const float* gram, const float* tables,
+                                    const float* scales, const int64_t* columns, uint8_t* codes,
+                                    int64_t n, int64_t k, int64_t count, int64_t groups,
+                                    int64_t sweeps, int threads) {
+    parallel_rows(n, ROWS, threads, [&](int64_t begin, int64_t end) {
+        const int64_t rows = end - begin;
+        Block block;
+        std::vector<Column> values, slope(k, Column{});
+        load(block.weight, weight + begin * k, rows, k);
+        load_tables(block, tables + begin * count, rows, count);
+        load(block.scales, scales + begin * groups, rows, groups);
+        load_values(block, codes + begin * k, columns, rows, k, values);
+        for (int64_t c = 0; c < k; c++)  // minus the error: spread() subtracts
+            for (int v = 0; v < VECTORS; v++)
+                block.weight[c].part[v] = values[c].part[v] - block.weight[c].part[v];
+        for (int64_t i = 0; i < k; i += PANEL)
+            spread_over(slope.data(), 0, k, gram + i * k, k, block.weight.data() + i,
+                        int(std::min<int64_t>(PANEL, k - i)));
+        for (int64_t s = 0; s < sweeps; s++)
+            if (!sweep(block, gram, columns, values, slope, codes + begin * k, rows, k)) break;
+    });
+}
