@@ -15,6 +15,7 @@ kernel for them. Rows are independent of each other, so results do not depend on
                     zeros or None, columns int64 [k] the scale of each column -> codes uint8 [n, k]
     descend_codes   weight [n, k], gram [k, k], codes and the rest as above: coordinate descent on
                     the output error, at most `sweeps` times over the columns -> codes uint8 [n, k]
+                    and float32 [n, k] what error they leave, times gram
 
 Values, weights, tables and scales are float32, starts and levels float64.
 """
@@ -30,5 +31,6 @@ LIBRARY.define(f"lloyd_scales({_LLOYD}) -> (Tensor, Tensor)")
 _TABLES = "Tensor tables, Tensor? scales, Tensor columns"
 LIBRARY.define(f"feedback_codes(Tensor weight, Tensor upper, {_TABLES}) -> Tensor")
 LIBRARY.define(
-    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, int sweeps) -> Tensor"
+    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, int sweeps)"
+    " -> (Tensor, Tensor)"
 )

@@ -107,17 +107,14 @@ def feedback_codes(
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, group: int, codes: Tensor,
-    sweeps: int = 2,
-) -> Tensor:  # fmt: skip
-    """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', columns by energy."""
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    moved = torch.ops.lowra.descend_codes(
-        weight[:, order], gram[order][:, order], tables, None if scales is None else _safe(scales),
-        scale_index(weight.shape[1], group)[order], codes[:, order].to(torch.uint8), sweeps,
+    sweeps: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', and e G [n, k]."""
+    moved, slope = torch.ops.lowra.descend_codes(
+        weight, gram, tables, None if scales is None else _safe(scales),
+        scale_index(weight.shape[1], group), codes.to(torch.uint8), sweeps,
     )  # fmt: skip
-    result = torch.empty_like(codes)
-    result[:, order] = moved.long()
-    return result
+    return moved.long(), slope
 
 
 def _safe(scales: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +12,6 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight
 from lowra.passes.feedback import descend_codes, feedback_codes, nearest_codes, scale_index
 from lowra.passes.moments import InputMoments
-
-Step = Callable[[Tensor, Tensor, "Rounded"], "Rounded"]
 
 
 def quantize(
@@ -81,40 +78,46 @@ class Rounded:
         return Rounded(codes, torch.where(pick, other.tables, self.tables), scales, self.group)
 
 
+SWEEPS = 2
+"""Passes over the columns per round of descent."""
+
+
 def refine(weight: Tensor, gram: Tensor, state: Rounded, rounds: int) -> Rounded:
-    """Alternate scales in closed form and coordinate descent on codes; no row's error rises."""
-    state, loss = _better(weight, gram, state, row_errors(weight, gram, state), _rescaled)
-    for _ in range(rounds):
-        for step in (_descended, _rescaled):
-            state, loss = _better(weight, gram, state, loss, step)
-    return state
+    """Scales in closed form and coordinate descent on codes in turn; no row's error rises."""
+    energy = ((weight @ gram) * weight).sum(1)
+    best, slope = descended(weight, gram, state, 0)
+    least = row_errors(weight, best, slope)
+    for sweeps in (*[SWEEPS] * rounds, 0):
+        state, fresh = descended(weight, gram, rescaled(weight, energy, best, slope), sweeps)
+        now = row_errors(weight, state, fresh)
+        lower = now < least
+        best = best.rows_where(lower, state)
+        slope = torch.where(lower.unsqueeze(1), fresh, slope)
+        least = torch.where(lower, now, least)
+    return best
 
 
-def _better(
-    weight: Tensor, gram: Tensor, state: Rounded, loss: Tensor, step: Step
-) -> tuple[Rounded, Tensor]:
-    """The state after a step, in the rows where that lowers the error, and the errors [n]."""
-    changed = step(weight, gram, state)
-    after = row_errors(weight, gram, changed)
-    return state.rows_where(after < loss, changed), torch.minimum(loss, after)
+def descended(weight: Tensor, gram: Tensor, state: Rounded, sweeps: int) -> tuple[Rounded, Tensor]:
+    """The state after `sweeps` of coordinate descent, and its error times gram, [n, k]."""
+    codes, slope = descend_codes(
+        weight, gram, state.tables, state.scales, state.group, state.codes, sweeps
+    )
+    return replace(state, codes=codes), slope
 
 
-def row_errors(weight: Tensor, gram: Tensor, state: Rounded) -> Tensor:
-    """e G e' of each row, float32 [n]."""
-    error = weight - state.values()
-    return ((error @ gram) * error).sum(1)
+def row_errors(weight: Tensor, state: Rounded, slope: Tensor) -> Tensor:
+    """e G e' of each row, float32 [n], from slope = e G."""
+    return ((weight - state.values()) * slope).sum(1)
 
 
-def _descended(weight: Tensor, gram: Tensor, state: Rounded) -> Rounded:
-    codes = descend_codes(weight, gram, state.tables, state.scales, state.group, state.codes)
-    return replace(state, codes=codes)
+def rescaled(weight: Tensor, energy: Tensor, state: Rounded, slope: Tensor) -> Rounded:
+    """Each row times its best factor f = (q G w') / (q G q'), rounded as it is stored.
 
-
-def _rescaled(weight: Tensor, gram: Tensor, state: Rounded) -> Rounded:
-    """Each row times its best factor f = (q G w') / (q G q'), rounded as it is stored."""
+    energy [n] is w G w', slope [n, k] is (w - q) G, and so q G w' = w G w' - w slope'.
+    """
     value = state.values()
-    product = value @ gram
-    above, below = (product * weight).sum(1), (product * value).sum(1)
+    above = energy - (weight * slope).sum(1)
+    below = above - (value * slope).sum(1)
     factor = torch.where((below > 0) & (above > 0), above / below.clamp_min(1e-30), 1.0)
     if state.scales is None:
         return replace(state, tables=(state.tables * factor.unsqueeze(1)).half().float())

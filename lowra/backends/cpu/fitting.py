@@ -86,14 +86,17 @@ def feedback_codes(
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
     codes: Tensor, sweeps: int,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     built = library("codes")
     if built is None:
         return feedback.descend_codes(weight, gram, tables, scales, columns, codes, sweeps)
     codes = codes.clone(memory_format=torch.contiguous_format)
-    kernel = built.lowra_descend_codes
-    _write_codes(kernel, weight, gram, tables, scales, columns, codes, _int(sweeps))
-    return codes
+    slope = torch.empty(weight.shape)
+    _write_codes(
+        built.lowra_descend_codes, weight, gram, tables, scales, columns, codes,
+        _pointer(slope), _int(sweeps),
+    )  # fmt: skip
+    return codes, slope
 
 
 def _write_codes(

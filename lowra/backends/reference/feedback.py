@@ -38,7 +38,7 @@ def feedback_codes(
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
     codes: Tensor, sweeps: int,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each column in turn to the level that is best given all others: with e = w - q, the best
     value of column i is q_i + (e G)_i / G_ii, rounded. No step raises e G e'."""
     n, k = weight.shape
@@ -59,7 +59,7 @@ def descend_codes(
             values[i], codes[:, i] = value, code.squeeze(1)
         if torch.equal(before, codes):
             break
-    return codes
+    return codes, slope.T.contiguous()
 
 
 for _kernel in (feedback_codes, descend_codes):

@@ -8,10 +8,13 @@
 constexpr int LANES = 16, VECTORS = 4, ROWS = LANES * VECTORS, PANEL = 32, TILE = 4;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 struct Column { Vector part[VECTORS]; };
+struct Codes { Bytes part[VECTORS]; };
 
 struct Block {  // everything of ROWS rows, transposed
     std::vector<Column> weight, thresholds, levels, scales;
+    std::vector<Codes> codes;
     int64_t levels_used = 1;
 };
 
@@ -52,20 +55,20 @@ static Vector nearest(const Block& block, int v, Vector wanted, Integers& code) 
     return level;
 }
 
-static void store(Integers code, int v, uint8_t* codes, int64_t stride, int64_t rows) {
-    for (int64_t i = 0; i < LANES && v * LANES + i < rows; i++)
-        codes[(v * LANES + i) * stride] = static_cast<uint8_t>(code[i]);
+static void write_codes(const Block& block, uint8_t* codes, int64_t rows, int64_t k) {
+    const uint8_t* lane = reinterpret_cast<const uint8_t*>(block.codes.data());
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t c = 0; c < k; c++) codes[row * k + c] = lane[c * ROWS + row];
 }
 
-// Rounds one column; codes go to `codes` with stride k.
-static void round_column(const Block& block, int64_t column, const Column& scale, float inverse,
-                         Column& error, uint8_t* codes, int64_t stride, int64_t rows) {
+static void round_column(Block& block, int64_t column, const Column& scale, float inverse,
+                         Column& error) {
     for (int v = 0; v < VECTORS; v++) {
         const Vector w = block.weight[column].part[v];
         Integers code;
         const Vector level = nearest(block, v, w / scale.part[v], code);
         error.part[v] = (w - level * scale.part[v]) * inverse;
-        store(code, v, codes, stride, rows);
+        block.codes[column].part[v] = __builtin_convertvector(code, Bytes);
     }
 }
 
@@ -89,8 +92,7 @@ static void spread_over(Column* to, int64_t begin, int64_t end, const float* mat
     for (; j < end; j++) spread<1>(to + j, matrix + j, k, changes, panel);
 }
 
-static void feedback_block(Block& block, const float* upper, const int64_t* columns, uint8_t* codes,
-                           int64_t rows, int64_t k) {
+static void feedback_block(Block& block, const float* upper, const int64_t* columns, int64_t k) {
     Column errors[PANEL];
     Column* weight = block.weight.data();
     for (int64_t start = 0; start < k; start += PANEL) {
@@ -98,7 +100,7 @@ static void feedback_block(Block& block, const float* upper, const int64_t* colu
         for (int64_t i = start; i < end; i++) {
             Column& error = errors[i - start];
             const float* row = upper + i * k;
-            round_column(block, i, block.scales[columns[i]], 1 / row[i], error, codes + i, k, rows);
+            round_column(block, i, block.scales[columns[i]], 1 / row[i], error);
             for (int64_t j = i + 1; j < end; j++)
                 for (int v = 0; v < VECTORS; v++) weight[j].part[v] -= error.part[v] * row[j];
         }
@@ -116,32 +118,35 @@ extern "C" void lowra_feedback_codes(const float* weight, const float* upper, co
         load(block.weight, weight + begin * k, end - begin, k);
         load_tables(block, tables + begin * count, end - begin, count);
         load(block.scales, scales + begin * groups, end - begin, groups);
-        feedback_block(block, upper, columns, codes + begin * k, end - begin, k);
+        block.codes.resize(k);
+        feedback_block(block, upper, columns, k);
+        write_codes(block, codes + begin * k, end - begin, k);
     });
 }
 
-// The value that each code of a row block stands for.
-static void load_values(const Block& block, const uint8_t* codes, const int64_t* columns,
-                        int64_t rows, int64_t k, std::vector<Column>& values) {
+// Codes of a row block, and the value that each stands for.
+static void load_values(Block& block, const uint8_t* codes, const int64_t* columns, int64_t rows,
+                        int64_t k, std::vector<Column>& values) {
     values.resize(k);
+    block.codes.resize(k);
     for (int64_t c = 0; c < k; c++)
         for (int64_t lane = 0; lane < ROWS; lane++) {
             const int v = int(lane / LANES), i = int(lane % LANES);
             const uint8_t code = codes[std::min(lane, rows - 1) * k + c];
+            block.codes[c].part[v][i] = code;
             values[c].part[v][i] = block.levels[code].part[v][i] * block.scales[columns[c]].part[v][i];
         }
 }
 
 // One sweep: each column in turn to the level that is best given all others. `slope` is the error
 // times the Gram matrix, kept up to date. Returns whether anything changed.
-static bool sweep(const Block& block, const float* gram, const int64_t* columns,
-                  std::vector<Column>& values, std::vector<Column>& slope, uint8_t* codes,
-                  int64_t rows, int64_t k) {
+static bool sweep(Block& block, const float* gram, const int64_t* columns,
+                  std::vector<Column>& values, std::vector<Column>& slope, int64_t k) {
     Column changes[PANEL];
     bool any = false;
     for (int64_t start = 0; start < k; start += PANEL) {
         const int64_t end = std::min<int64_t>(k, start + PANEL);
-        bool here = false;
+        Integers moved = {};
         for (int64_t i = start; i < end; i++) {
             const float* row = gram + i * k;
             const Column& scale = block.scales[columns[i]];
@@ -150,12 +155,14 @@ static bool sweep(const Block& block, const float* gram, const int64_t* columns,
                 Integers code;
                 const Vector now = nearest(block, v, wanted / scale.part[v], code) * scale.part[v];
                 const Vector change = changes[i - start].part[v] = now - old;
-                for (int lane = 0; lane < LANES; lane++) here |= change[lane] != 0;
+                moved |= change != 0;
                 values[i].part[v] = now;
-                store(code, v, codes + i, k, rows);
+                block.codes[i].part[v] = __builtin_convertvector(code, Bytes);
                 for (int64_t j = start; j < end; j++) slope[j].part[v] -= change * row[j];
             }
         }
+        bool here = false;
+        for (int lane = 0; lane < LANES; lane++) here |= moved[lane] != 0;
         if (!here) continue;
         any = true;
         const float* panel = gram + start * k;
@@ -165,11 +172,12 @@ static bool sweep(const Block& block, const float* gram, const int64_t* columns,
     return any;
 }
 
-// weight [n, k], gram [k, k] with a positive diagonal, codes [n, k] in and out; the rest as above.
+// weight [n, k], gram [k, k] with a positive diagonal, codes [n, k] in and out, slopes [n, k] out;
+// the rest as above.
 extern "C" void lowra_descend_codes(const float* weight, const float* gram, const float* tables,
                                     const float* scales, const int64_t* columns, uint8_t* codes,
                                     int64_t n, int64_t k, int64_t count, int64_t groups,
-                                    int64_t sweeps, int threads) {
+                                    float* slopes, int64_t sweeps, int threads) {
     parallel_rows(n, ROWS, threads, [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin;
         Block block;
@@ -185,6 +193,10 @@ extern "C" void lowra_descend_codes(const float* weight, const float* gram, cons
             spread_over(slope.data(), 0, k, gram + i * k, k, block.weight.data() + i,
                         int(std::min<int64_t>(PANEL, k - i)));
         for (int64_t s = 0; s < sweeps; s++)
-            if (!sweep(block, gram, columns, values, slope, codes + begin * k, rows, k)) break;
+            if (!sweep(block, gram, columns, values, slope, k)) break;
+        write_codes(block, codes + begin * k, rows, k);
+        const float* lane = reinterpret_cast<const float*>(slope.data());
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t c = 0; c < k; c++) slopes[(begin + row) * k + c] = lane[c * ROWS + row];
     });
 }
