@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.compiler.rotation import Rotation, unrotate
+
 PACKED = (
     "Tensor codes, Tensor codebooks, Tensor? scales, Tensor order, "
     "int[] panels, int k, int group, int seed, int block"
@@ -105,8 +107,12 @@ def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _input_grad(grad: Tensor, packed: tuple[Any, ...]) -> Tensor:
-    """grad W, with W dequantised for this product and dropped again."""
-    return grad @ torch.ops.lowra.dequantize(*packed, grad.dtype)
+    """grad W, with W~ dequantised for this product and dropped again; the rotation is undone on
+    the product, which is smaller than W where tokens are fewer than rows."""
+    *stored, seed, block = packed
+    rotated = grad @ torch.ops.lowra.dequantize(*stored, 0, 1, grad.dtype)
+    working = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return unrotate(rotated.to(working), Rotation(seed, block)).to(grad.dtype)
 
 
 def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,13 +6,13 @@ in the dtype of x, after the input rotation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowra.compiler import ops as dialect
+from lowra.compiler.ops import LIBRARY
 from lowra.compiler.packing import row_words, unpack_rows
 from lowra.compiler.rotation import Rotation, rotate, unrotate
 from lowra.compiler.storage import ROW_SCALES, scale_groups
@@ -48,7 +48,7 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _stored_rows(
+def stored_rows(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
     panels: list[int], k: int, group: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -64,17 +64,6 @@ def _stored_rows(
             values = values * _scale_columns(factors[row : row + rows], k, group)
         weight[index[row : row + rows]] = values.to(dtype)
     return weight
-
-
-def dequantize(
-    codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
-    panels: list[int], k: int, group: int, seed: int, block: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """W [n, k]: table values times scales, rows put back, input rotation undone."""
-    rotation = Rotation(seed, block)
-    stored = _working_dtype(dtype) if rotation.active else dtype
-    weight = _stored_rows(codes, codebooks, scales, order, panels, k, group, stored)
-    return unrotate(weight, rotation).to(dtype)
 
 
 def dequantize_backward(
@@ -107,30 +96,46 @@ def dequantize_backward(
     return grad_tables.to(codebooks.dtype), grad_factors.reshape(scales.shape).to(scales.dtype)
 
 
-def quantized_linear(
-    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
-    panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """y = x W' + bias for x [..., k] in float16, bfloat16, float32 or float64."""
-    rotation = Rotation(seed, block)
-    weight = _stored_rows(codes, codebooks, scales, order, panels, k, group, x.dtype)
-    rotated = rotate(x.to(_working_dtype(x.dtype)), rotation).to(x.dtype)
-    return functional.linear(rotated, weight, None if bias is None else bias.to(x.dtype))
+Rows = Callable[..., Tensor]
+"""`stored_rows`, or what does the same faster."""
 
 
-def quantized_linear_lora(
-    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
-    panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
-    lora_a: Tensor, lora_b: Tensor, scaling: float,
-) -> Tensor:  # fmt: skip
-    """y = x W' + bias + scaling (x A') B', the adapter in the original input coordinates."""
-    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
-    hidden = functional.linear(x, lora_a.to(x.dtype))
-    y = quantized_linear(x, *packed, bias)
-    return y + functional.linear(hidden, lora_b.to(x.dtype)) * scaling
+def kernels(stored_rows: Rows) -> dict[str, Callable[..., Tensor]]:
+    """The ops that need a weight's values, by name, on top of what unpacks them."""
+
+    def dequantize(
+        codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+        panels: list[int], k: int, group: int, seed: int, block: int, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """W [n, k]: table values times scales, rows put back, input rotation undone."""
+        rotation = Rotation(seed, block)
+        stored = _working_dtype(dtype) if rotation.active else dtype
+        weight = stored_rows(codes, codebooks, scales, order, panels, k, group, stored)
+        return unrotate(weight, rotation).to(dtype)
+
+    def quantized_linear(
+        x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+        panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """y = x W' + bias for x [..., k] in float16, bfloat16, float32 or float64."""
+        rotation = Rotation(seed, block)
+        weight = stored_rows(codes, codebooks, scales, order, panels, k, group, x.dtype)
+        rotated = rotate(x.to(_working_dtype(x.dtype)), rotation).to(x.dtype)
+        return functional.linear(rotated, weight, None if bias is None else bias.to(x.dtype))
+
+    def quantized_linear_lora(
+        x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+        panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
+        lora_a: Tensor, lora_b: Tensor, scaling: float,
+    ) -> Tensor:  # fmt: skip
+        """y = x W' + bias + scaling (x A') B', the adapter in the original input coordinates."""
+        packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+        hidden = functional.linear(x, lora_a.to(x.dtype))
+        y = quantized_linear(x, *packed, bias)
+        return y + functional.linear(hidden, lora_b.to(x.dtype)) * scaling
+
+    return {f.__name__: f for f in (dequantize, quantized_linear, quantized_linear_lora)}
 
 
-for _kernel in (dequantize, dequantize_backward, quantized_linear, quantized_linear_lora):
-    torch.library.impl(
-        f"lowra::{_kernel.__name__}", "CompositeExplicitAutograd", _kernel, lib=dialect.LIBRARY
-    )
+for _name, _kernel in {**kernels(stored_rows), "dequantize_backward": dequantize_backward}.items():
+    torch.library.impl(f"lowra::{_name}", "CompositeExplicitAutograd", _kernel, lib=LIBRARY)
