@@ -19,11 +19,11 @@ def drawn(n: int, k: int, group: int, shared: bool, seed: int) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
     widths = torch.tensor([1, 2, 3, 4, 8])[torch.randint(5, (n,), generator=generator)]
     codes = torch.randint(256, (n, k), generator=generator) % (1 << widths).view(-1, 1)
-    tables = torch.randn(n, 256, generator=generator)
+    tables = torch.randn(n, 264, generator=generator)
     scales = None
     if group != 0:
         scales = torch.rand(n, scale_groups(k, group), generator=generator) + 0.1
-    books = {b: tables[b, : 1 << b] for b in (1, 2, 3, 4, 8)} if shared else tables
+    books = {b: tables[0, b : b + (1 << b)] for b in (1, 2, 3, 4, 8)} if shared else tables
     return pack_weight(codes, widths, books, scales, group)
 
 
