@@ -71,10 +71,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class Packed:
-    """The stored weight and its relative output error tr(E G E') / tr(W G W')."""
+    """The stored weight, its relative output error tr(E G E') / tr(W G W'), and tr(W G W')."""
 
     weight: PackedWeight
     error: float
+    energy: float
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class QuantizeWeights(Pass):
         gram = statistics.load(site.k)
         weight = program.weight(site)
         energy = output_error(weight, gram) or 1.0
-        return Packed(packed, output_error(weight - packed.dequantize(), gram) / energy)
+        return Packed(packed, output_error(weight - packed.dequantize(), gram) / energy, energy)
 
     def _make(self, program: Program, site: Site, moments: MomentsReader) -> PackedWeight:
         rotation = program.fact(site.name, Rotation)

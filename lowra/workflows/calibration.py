@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.progress import Stage, stage
@@ -18,6 +18,7 @@ from lowra.workflows.models import inference
 
 _SHORTEST_WINDOW = 16
 _FIRST_CHOICES = 512
+_BLOCK = 256
 _WAY_OUT = "give a list of texts, the path of a .txt file, or an int64 tensor [windows, context]"
 _CANNOT_WRITE = "and cannot write its own calibration text: pass calibration=..."
 
@@ -278,10 +279,18 @@ def _first_token(logits: Tensor, _temperature: float, generator: torch.Generator
 def _next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """A sampled token: float32 [rows, vocab] -> int64 [rows, 1].
 
-    It inverts the distribution: one random number per row, where `torch.multinomial` draws one
-    per vocabulary entry, which takes longer than the model.
+    It inverts the distribution, first over blocks of the vocabulary, then inside one: one random
+    number per row, where `torch.multinomial` draws one per vocabulary entry, which takes longer
+    than the model.
     """
-    total = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-    point = torch.rand((len(total), 1), dtype=total.dtype, device=total.device, generator=generator)
-    found = torch.searchsorted(total, point * total[:, -1:], right=True)
-    return found.clamp_max_(total.shape[1] - 1)
+    size = logits.shape[1]
+    weight = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    blocks = nn.functional.pad(weight, (0, -size % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    edges = blocks.sum(-1).double().cumsum(-1)
+    point = torch.rand((len(edges), 1), dtype=edges.dtype, device=edges.device, generator=generator)
+    point = point * edges[:, -1:]
+    block = torch.searchsorted(edges, point, right=True).clamp_max_(edges.shape[1] - 1)
+    inside = blocks.take_along_dim(block.unsqueeze(2), 1).squeeze(1).double().cumsum(-1)
+    rest = point - edges.gather(1, block) + inside[:, -1:]
+    found = torch.searchsorted(inside, rest, right=True).clamp_max_(_BLOCK - 1)
+    return (block * _BLOCK + found).clamp_max_(size - 1)
