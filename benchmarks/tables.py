@@ -18,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def main() -> None:
     text = README.read_text()
-    for name, render in (("quality", quality), ("demo", demo)):
+    for name, render in (("quality", quality), ("demo", demo), ("compile", compile_time)):
         path = FOLDER / f"{name}.json"
         if path.exists():
             block = "\n".join(render(json.loads(path.read_text())))
@@ -71,7 +71,22 @@ def demo(data: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Then {training['steps']} steps of LoRA at {training['bits']:g} bits: held-out perplexity "
         f"{training['perplexity_before']:.2f} to {training['perplexity_after']:.2f}. "
-        f"{seconds:.0f} s in all, after loading; {data.get('note', '')}"
+        f"{seconds:.0f} s in all, after loading the model. ({data['environment']['date']}.)"
+    )
+
+
+def compile_time(data: dict[str, Any]) -> Iterator[str]:
+    """Where the seconds of one compile go."""
+    spent, where = data["seconds"], data["environment"]
+    steps = ", ".join(
+        f"`{name}` {spent[name]:.0f}"
+        for name in spent
+        if spent[name] >= 0.5 and ("-" in name or name in ("capture", "calibration"))
+    )
+    yield (
+        f"One compile of {data['model']} at {data['bit_budget']:g} bits takes {spent['total']:.0f} "
+        f"s on {where['cores']} cores ({where['processor']}, {where['date']}): {steps}. Its peak "
+        f"memory is {data['peak_ratio']:.1f} times the float32 model."
     )
 
 

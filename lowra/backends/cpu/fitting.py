@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowra.backends.cpu.toolchain import library
+from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import feedback, lloyd
 from lowra.compiler.ops import LIBRARY
 
@@ -66,9 +66,9 @@ def _run(
     pointers = (ctypes.c_void_p * len(levels))(*(t.data_ptr() for t in levels))
     counts = (ctypes.c_int64 * len(levels))(*(t.shape[-1] for t in levels))
     kernel(
-        _pointer(values), _pointer(weights), _int(n), _int(k), _int(stride), pointers, counts,
+        pointer(values), pointer(weights), _int(n), _int(k), _int(stride), pointers, counts,
         _int(len(levels)), _int(iterations), ctypes.c_double(tolerance),
-        *map(_pointer, results), torch.get_num_threads(),
+        *map(pointer, results), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def descend_codes(
     slope = torch.empty(weight.shape)
     _write_codes(
         built.lowra_descend_codes, weight, gram, tables, scales, columns, codes,
-        _pointer(slope), _int(sweeps),
+        pointer(slope), _int(sweeps),
     )  # fmt: skip
     return codes, slope
 
@@ -109,13 +109,9 @@ def _write_codes(
     given = [t.float().contiguous() for t in (weight, matrix, tables, scales)]
     columns = columns.long().contiguous()
     kernel(
-        *map(_pointer, given), _pointer(columns), _pointer(codes), _int(n), _int(k),
+        *map(pointer, given), pointer(columns), pointer(codes), _int(n), _int(k),
         _int(tables.shape[1]), _int(scales.shape[1]), *rest, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _int(value: int) -> ctypes.c_int64:

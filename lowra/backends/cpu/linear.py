@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lowra.backends.cpu.toolchain import library
+from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import linear
 from lowra.compiler.ops import LIBRARY
 from lowra.compiler.packing import row_words
@@ -29,10 +29,10 @@ def stored_rows(
     half = dtype == torch.bfloat16
     weight = torch.empty(order.shape[0], k, dtype=dtype if half else torch.float32)
     built.lowra_dequantize(
-        _pointer(words), _pointer(tables), None if factors is None else _pointer(factors),
-        _pointer(order), (ctypes.c_int64 * len(panels))(*panels), ctypes.c_int64(len(panels) // 2),
+        pointer(words), pointer(tables), None if factors is None else pointer(factors),
+        pointer(order), (ctypes.c_int64 * len(panels))(*panels), ctypes.c_int64(len(panels) // 2),
         ctypes.c_int64(k), ctypes.c_int64(max(group, 0)), ctypes.c_int64(groups),
-        int(shared), int(half), _pointer(weight), torch.get_num_threads(),
+        int(shared), int(half), pointer(weight), torch.get_num_threads(),
     )  # fmt: skip
     return weight.to(dtype)
 
@@ -60,10 +60,6 @@ def _check(
     if rows and not 0 <= int(order.min()) <= int(order.max()) < rows:
         raise ValueError(f"a row number of a packed weight [{rows}, {k}] is out of range")
     return shared
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 for _name, _kernel in linear.kernels(stored_rows).items():

@@ -20,6 +20,8 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from torch import Tensor
+
 from lowra.compiler.home import home_folder
 
 FLAGS = (
@@ -106,6 +108,11 @@ def build(source: str, compiler: Path, path: Path) -> None:
             report.write_text(f"{' '.join(command)}\n{done.stderr}")
             raise OSError(f"{compiler.name} failed; what it said is in {report}")
         library_file.replace(path)
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous tensor, for a kernel; the caller keeps the tensor alive."""
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _key(source: str, compiler: Path) -> str:
