@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowra.compiler.errors import OutputError
+from lowra.version import __version__
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Spill:
         return spill
 
     def path(self, *key: str) -> Path:
-        """The file of a key; every part of the key enters the name through a hash."""
-        digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
+        """The file of a key; its name is a hash of every part of the key and of lowra's version."""
+        digest = hashlib.sha256("\0".join((__version__, *key)).encode()).hexdigest()[:24]
         return self.folder / f"{digest}.safetensors"
 
     def tensors(

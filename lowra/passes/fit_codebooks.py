@@ -62,7 +62,7 @@ class FitCodebooks(Pass):
         statistics = program.fact(site.name, Statistics)
         sources = (str(s and s.path.name) for s in (statistics.gram, statistics.sensitivity))
         rotation = str(program.fact(site.name, Rotation))
-        key = (str(self), program.fingerprint, rotation, *sources, site.name)
+        key = (repr(self), program.fingerprint, rotation, *sources, site.name)
         stored = program.spill.tensors(key, lambda: _flat(self._fit(program, site, moments)))
         scales = {b: stored[f"scales.{b}"] for b in self.widths if f"scales.{b}" in stored}
         return Codebooks(

@@ -42,7 +42,7 @@ class MeasureSensitivity(Pass):
         first = program.fact(program.sites[0].name, Statistics)
         assert first.gram is not None
         names = (site.name for site in program.sites)
-        path = program.spill.path(str(self), program.fingerprint, first.gram.path.name, *names)
+        path = program.spill.path(repr(self), program.fingerprint, first.gram.path.name, *names)
         if not path.exists():
             write_tensors(_mean_squares(program, windows), path)
         return program.with_facts(

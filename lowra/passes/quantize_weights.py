@@ -45,7 +45,7 @@ class QuantizeWeights(Pass):
         rotation = program.fact(site.name, Rotation)
         statistics = program.fact(site.name, Statistics)
         source = "" if statistics.gram is None else statistics.gram.path.name
-        key = (str(self), program.fingerprint, source, _digest(program, site), site.name)
+        key = (repr(self), program.fingerprint, source, _digest(program, site), site.name)
         stored = program.spill.tensors(key, lambda: self._make(program, site, moments).tensors())
         group = program.fact(site.name, Codebooks).group
         packed = from_tensors(stored, site.n, site.k, group, rotation)

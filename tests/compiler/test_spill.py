@@ -129,3 +129,11 @@ def test_an_old_file_stays_whole_when_a_new_one_fails(
     with pytest.raises(OutputError):
         write_tensors({"w": torch.zeros(2, 2)}, path)
     assert torch.equal(read_tensors(path)["w"], torch.eye(2))
+
+
+def test_another_version_does_not_read_these_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Spill(tmp_path).path("a", "b")
+    monkeypatch.setattr(spill_module, "__version__", "9.9")
+    assert Spill(tmp_path).path("a", "b") != here
