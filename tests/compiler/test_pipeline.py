@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str]] = {
     ),
     "loss": (_fact(_books(46)), r"expected loss of up is \(46, 1\), not \(47, 1\)"),
     "widths": (_fact(Precision(torch.zeros(3))), r"precision of up is \(3,\), not \(47,\)"),
-    "packed": (_fact(Packed(PACKED, 0.0, 1.0)), r"packed weight of up is \(47, 32\), not \(47, 33\)"),
+    "packed": (_fact(Packed(PACKED, 0, 1)), r"packed weight of up is \(47, 32\), not \(47, 33\)"),
     "adapter": (
         _fact(Adapter(torch.zeros(2, 32), torch.zeros(47, 3), 1.0, 0.0)),
         r"lora_a of up is \(2, 32\), not \(2, 33\); lora_b of up is \(47, 3\), not \(47, 2\)",
