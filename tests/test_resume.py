@@ -43,7 +43,7 @@ class Work:
         self.stop_at = 0
         from lowra.passes import collect_statistics, fit_codebooks, quantize_weights
 
-        run, quantize = collect_statistics._Runner.run, quantize_weights.quantize
+        run, quantize = collect_statistics.Runner.run, quantize_weights.quantize
         fit = fit_codebooks.FitCodebooks._fit
 
         def counted_run(*args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class Work:
                 raise KeyboardInterrupt
             return quantize(*args, **kwargs)
 
-        monkeypatch.setattr(collect_statistics._Runner, "run", counted_run)
+        monkeypatch.setattr(collect_statistics.Runner, "run", counted_run)
         monkeypatch.setattr(fit_codebooks.FitCodebooks, "_fit", counted_fit)
         monkeypatch.setattr(quantize_weights, "quantize", counted_quantize)
 

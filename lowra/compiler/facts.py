@@ -39,6 +39,19 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """A site's input behind the quantized prefix: x^ where the original model has x.
+
+    `gram` is the mean of x^ x^', `drift` of (x - x^) x^', over calibration tokens; both float32
+    [k, k] in original input coordinates, kept on disk. The weight that comes closest to W x when
+    it is given x^ is W + W drift gram^-1.
+    """
+
+    gram: StoredTensor
+    drift: StoredTensor
+
+
+@dataclass(frozen=True)
 class Codebooks:
     """Levels, scales and expected loss of every row at every candidate width.
 

@@ -17,8 +17,8 @@ from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
 from lowra.passes.feedback import feedback_codes, scale_index
 from lowra.passes.lloyd import Fit, fit_rows, fit_shared, gaussian_levels, normal_float
-from lowra.passes.moments import InputMoments, MomentsReader
-from lowra.passes.quantizer import output_error, row_tables
+from lowra.passes.moments import InputMoments, MomentsReader, output_error
+from lowra.passes.quantizer import row_tables
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""

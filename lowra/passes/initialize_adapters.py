@@ -15,7 +15,8 @@ from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.feedback import DAMPING, scale_index
-from lowra.passes.quantizer import output_error, quantize
+from lowra.passes.moments import output_error
+from lowra.passes.quantizer import quantize
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,40 @@ class InputMoments:
 
     gram: Tensor
     factor: Factor
+    drift: Tensor | None = None
+    """Mean of (x - x^) x^' [k, k] behind a quantized prefix (facts.Prefix)."""
+
+    def loss(self, error: Tensor) -> float:
+        """tr(E G E') of E [n, k] without the damping."""
+        damped = output_error(error, self.gram)
+        return max(0.0, damped - self.factor.damping * float((error.double() ** 2).sum()))
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The weight [n, k] that makes up best for what the prefix did to the input:
+        W + W drift gram^-1, the minimum of E|W x - W* x^|^2 (GPTAQ, arXiv 2504.02692)."""
+        if self.drift is None:
+            return weight
+        order, upper = self.factor.order, self.factor.upper
+        change = torch.empty_like(weight)
+        change[:, order] = (weight @ self.drift)[:, order] @ upper.T @ upper
+        return weight + change
+
+
+def output_error(error: Tensor, gram: Tensor) -> float:
+    """tr(E G E') for E [n, k] in the coordinates of `gram`."""
+    return float(((error @ gram) * error).sum(dtype=torch.float64))
+
+
+def moments_behind(gram: Tensor, drift: Tensor, rotation: Rotation) -> InputMoments:
+    """InputMoments of an input behind a quantized prefix, given in original coordinates."""
+    moments = moments_of(rotate_gram(gram, rotation))
+    return replace(moments, drift=rotate_gram(drift, rotation).T)  # which transposes
+
+
+def moments_of(gram: Tensor) -> InputMoments:
+    """InputMoments of a Gram matrix in its own coordinates."""
+    factor = factorize(gram)
+    return InputMoments(gram + torch.eye(gram.shape[0]) * factor.damping, factor)
 
 
 class MomentsReader:
@@ -38,7 +72,5 @@ class MomentsReader:
             gram = statistics.load(site.k)
             if statistics.gram is not None:  # the identity is the same in every rotation
                 gram = rotate_gram(gram, rotation)
-            factor = factorize(gram)
-            gram = gram + torch.eye(site.k) * factor.damping
-            self._key, self._last = key, InputMoments(gram, factor)
+            self._key, self._last = key, moments_of(gram)
         return self._last

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
 
 from lowra.compiler.capture import fingerprint_of
-from lowra.compiler.facts import Codebooks, Packed, Precision, Statistics
+from lowra.compiler.facts import Codebooks, Packed, Precision, Prefix, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
-from lowra.compiler.storage import PackedWeight, from_tensors
-from lowra.passes.moments import MomentsReader
-from lowra.passes.quantizer import output_error, quantize
+from lowra.compiler.spill import StoredTensor, write_tensors
+from lowra.compiler.storage import from_tensors
+from lowra.passes.moments import InputMoments, MomentsReader, moments_behind, output_error
+from lowra.passes.prefix import PrefixStream, prefix_order
+from lowra.passes.quantizer import quantize
+
+Key = tuple[str, ...]
+Facts = dict[str, list[object]]
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,11 @@ class QuantizeWeights(Pass):
 
     feedback: GPTQ error feedback (arXiv 2210.17323) with each row's own codebook, then scales in
     closed form and coordinate descent on the codes in turn, `rounds` times; off, plain rounding to
-    the nearest level. Finished sites are kept in
-    the program's spill folder, so an interrupted compile resumes.
+    the nearest level.
+    prefix: sites are quantized in the order of the graph, each for the inputs that the quantized
+    sites before it leave, so that it makes up for part of their errors (GPTAQ, arXiv 2504.02692);
+    off, or without a graph or calibration, each for the inputs of the original model.
+    Finished sites are kept in the program's spill folder, so an interrupted compile resumes.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -31,39 +45,110 @@ class QuantizeWeights(Pass):
     writes: ClassVar = (Packed,)
     feedback: bool = True
     rounds: int = 2
+    prefix: bool = False
 
     def run(self, program: Program) -> Program:
-        facts: dict[str, list[object]] = {}
-        moments = MomentsReader(program)
+        ordered: list[tuple[Site, ...]] = []
+        alone: Sequence[Site] = program.sites
+        if self.feedback and self.prefix:
+            ordered, alone = prefix_order(program)
+        facts: Facts = {}
+        reader = MomentsReader(program)
         with stage("quantize", len(program.sites)) as bar:
-            for site in program.sites:
-                facts[site.name] = [self._quantize(program, site, moments)]
+            for site in alone:
+                key = self._key(program, site, "")
+                read = functools.partial(self._moments, reader, site)
+                facts[site.name] = [self._packed(program, site, key, read)]
                 bar.advance()
+            if ordered:
+                facts = self._in_order(program, ordered, facts, bar.advance)
         return program.with_facts(facts)
 
-    def _quantize(self, program: Program, site: Site, moments: MomentsReader) -> Packed:
-        rotation = program.fact(site.name, Rotation)
-        statistics = program.fact(site.name, Statistics)
-        source = "" if statistics.gram is None else statistics.gram.path.name
-        key = (repr(self), program.fingerprint, source, _digest(program, site), site.name)
-        stored = program.spill.tensors(key, lambda: self._make(program, site, moments).tensors())
-        group = program.fact(site.name, Codebooks).group
-        packed = from_tensors(stored, site.n, site.k, group, rotation)
-        gram = statistics.load(site.k)
-        weight = program.weight(site)
-        energy = output_error(weight, gram) or 1.0
-        return Packed(packed, output_error(weight - packed.dequantize(), gram) / energy, energy)
+    def _moments(self, reader: MomentsReader, site: Site) -> InputMoments | None:
+        return reader.read(site) if self.feedback else None
 
-    def _make(self, program: Program, site: Site, moments: MomentsReader) -> PackedWeight:
+    def _in_order(
+        self, program: Program, groups: Sequence[tuple[Site, ...]], facts: Facts,
+        advance: Callable[[], None],
+    ) -> Facts:  # fmt: skip
+        """Each group quantized behind all before it, in a chain of keys."""
+        facts, link = dict(facts), ""
+        stream = PrefixStream(program)
+
+        def join(site: Site) -> None:
+            nonlocal link
+            link = self._key(program, site, link)[-1]
+            stream.replace(site, cast("Packed", facts[site.name][0]).weight)
+
+        for name in facts:
+            join(program.site(name))
+        for group in groups:
+            prefix = self._prefix(program, group[0], link, stream)
+            read = functools.cache(functools.partial(_behind, program, group[0], prefix))
+            for site in group:
+                key = self._key(program, site, link)
+                facts[site.name] = [self._packed(program, site, key, read), prefix]
+                advance()
+            for site in group:
+                join(site)
+        return facts
+
+    def _prefix(self, program: Program, site: Site, link: str, stream: PrefixStream) -> Prefix:
+        """The moments of a site's input, from the spill folder or measured now."""
+        path = program.spill.path("prefix", *self._key(program, site, link))
+        if not path.exists():
+            write_tensors(stream.moments(site), path)
+        return Prefix(StoredTensor(path, "gram"), StoredTensor(path, "drift"))
+
+    def _key(self, program: Program, site: Site, link: str) -> Key:
+        """What the result of a site depends on, `link` standing for all that went before; the
+        last part is a digest of all."""
+        gram = program.fact(site.name, Statistics).gram
+        source = "" if gram is None else gram.path.name
+        parts = (repr(self), program.fingerprint, source, _decided(program, site), site.name, link)
+        return (*parts, hashlib.sha256("\0".join(parts).encode()).hexdigest())
+
+    def _packed(
+        self, program: Program, site: Site, key: Key, read: Callable[[], InputMoments | None]
+    ) -> Packed:
+        stored = program.spill.tensors(key, lambda: self._make(program, site, read()))
+        error, energy = stored["error"].tolist()
+        group, rotation = (
+            program.fact(site.name, Codebooks).group,
+            program.fact(site.name, Rotation),
+        )
+        return Packed(from_tensors(stored, site.n, site.k, group, rotation), error, energy)
+
+    def _make(
+        self, program: Program, site: Site, moments: InputMoments | None
+    ) -> dict[str, Tensor]:
+        """The packed tensors, and `error`: the share of output energy that rounding lost, and it.
+
+        Behind a prefix the error is against the weight that makes up for the prefix, on the inputs
+        that it leaves; the energy is that of the original output.
+        """
         rotation = program.fact(site.name, Rotation)
-        books = program.fact(site.name, Codebooks)
-        precision = program.fact(site.name, Precision)
+        widths = program.fact(site.name, Precision).row_widths
         weight = rotate(program.weight(site), rotation)
-        read = moments.read(site) if self.feedback else None
-        return quantize(weight, read, books, precision.row_widths, rotation, self.rounds)
+        gram = program.fact(site.name, Statistics).load(site.k)
+        energy = output_error(program.weight(site), gram) or 1.0
+        target = weight if moments is None else moments.target(weight)
+        packed = quantize(
+            target, moments, program.fact(site.name, Codebooks), widths, rotation, self.rounds
+        )
+        if moments is not None and moments.drift is not None:
+            lost = moments.loss(target - rotate(packed.dequantize(), rotation))
+        else:
+            lost = output_error(program.weight(site) - packed.dequantize(), gram)
+        return packed.tensors() | {"error": torch.tensor([lost / energy, energy]).double()}
 
 
-def _digest(program: Program, site: Site) -> str:
+def _behind(program: Program, site: Site, prefix: Prefix) -> InputMoments:
+    rotation = program.fact(site.name, Rotation)
+    return moments_behind(prefix.gram.load(), prefix.drift.load(), rotation)
+
+
+def _decided(program: Program, site: Site) -> str:
     """A hash of everything decided for a site: rotation, codebooks, widths."""
     books = program.fact(site.name, Codebooks)
     decided = {f"levels.{b}": table for b, table in books.levels.items()}

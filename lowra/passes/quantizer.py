@@ -122,8 +122,3 @@ def rescaled(weight: Tensor, energy: Tensor, state: Rounded, slope: Tensor) -> R
     if state.scales is None:
         return replace(state, tables=(state.tables * factor.unsqueeze(1)).half().float())
     return replace(state, scales=(state.scales * factor.unsqueeze(1)).half().float())
-
-
-def output_error(error: Tensor, gram: Tensor) -> float:
-    """tr(E G E') for E [n, k] in the coordinates of `gram`."""
-    return float(((error @ gram) * error).sum(dtype=torch.float64))

@@ -117,7 +117,7 @@ def test_finished_statistics_are_read_and_not_collected_again(
     model, program = normalized("mlp")
     program = calibrated(program, model, tmp_path)
     first = run_pipeline(program, STEP)
-    monkeypatch.setattr(collect_statistics._Runner, "run", refuse)
+    monkeypatch.setattr(collect_statistics.Runner, "run", refuse)
     again = run_pipeline(replace(program, spill=Spill(tmp_path)), STEP)
     for site in program.sites:
         assert again.fact(site.name, Statistics) == first.fact(site.name, Statistics)
@@ -141,7 +141,7 @@ def test_statistics_stream_segment_by_segment() -> None:
     """Each segment of the graph runs once per batch."""
     advanced: list[int] = []
 
-    class Counting(collect_statistics._Runner):
+    class Counting(collect_statistics.Runner):
         def run(self, nodes: Any, values: Any, moments: Any) -> None:
             advanced.append(len(nodes))
             super().run(nodes, values, moments)
@@ -150,7 +150,7 @@ def test_statistics_stream_segment_by_segment() -> None:
     model, program = normalized("llama")
     program = calibrated(program, model)
     with pytest.MonkeyPatch.context() as patch, record_stages() as stages:
-        patch.setattr(collect_statistics, "_Runner", Counting)
+        patch.setattr(collect_statistics, "Runner", Counting)
         run_pipeline(program, STEP)
     assert len(advanced) % 3 == 0 and advanced[0] == advanced[1] == advanced[2]
     assert program.graph is not None and sum(advanced[::3]) <= len(program.graph.nodes)

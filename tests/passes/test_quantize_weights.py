@@ -16,7 +16,8 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.spill import Spill
 from lowra.passes import FitCodebooks, QuantizeWeights, quantize_weights
 from lowra.passes.feedback import DAMPING
-from lowra.passes.quantizer import output_error, row_tables
+from lowra.passes.moments import output_error
+from lowra.passes.quantizer import row_tables
 from tests.passes.site_programs import (
     CyclicWidths,
     compiled,
