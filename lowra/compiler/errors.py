@@ -26,6 +26,10 @@ class BudgetError(RecipeError):
     """The bit budget cannot be met; the message names the reachable interval."""
 
 
+class PlanError(RecipeError):
+    """A plan cannot be read, or is for another model; the message names what differs."""
+
+
 class PatternError(RecipeError):
     """A pattern of the recipe matches no site; the message names the nearest ones."""
 

@@ -83,6 +83,43 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """How good an assignment is as a whole: its bits, and its loss in the units of Codebooks.
+
+    bound: no assignment within the budget loses less; None where nothing was proven.
+    price: the expected loss that one more bit of budget would save.
+    """
+
+    loss: float
+    bits: int
+    budget: int
+    bound: float | None = None
+    price: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """The part of the loss that a perfect assignment might save."""
+        if self.bound is None:
+            return None
+        return (self.loss - self.bound) / self.loss if self.loss else 0.0
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The expected loss of a site at its widths, and the proof that all sites share."""
+
+    loss: float
+    proof: Proof
+
+
+@dataclass(frozen=True)
+class AdapterRank:
+    """The LoRA rank that the planner chose for a site; 0 for no adapter."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
 class Packed:
     """The stored weight, its relative output error tr(E G E') / tr(W G W'), and tr(W G W')."""
 

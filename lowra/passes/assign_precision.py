@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError, RecipeError
-from lowra.compiler.facts import Codebooks, Precision
+from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
 from lowra.compiler.pipeline import Pass
-from lowra.compiler.program import Program, Site, matches, select
+from lowra.compiler.program import Program, Site, select
 from lowra.compiler.progress import stage
 from lowra.compiler.storage import row_bits, site_bits
+from lowra.passes.pins import Pin, bill_of_pins, parse_pins, pinned_widths
+from lowra.passes.relaxation import Assignment, Floats, Ints, Rows
 
 UNREACHABLE = 1 << 40
 """Bits of a row no budget can pay for."""
@@ -29,20 +33,23 @@ class AssignPrecision(Pass):
     budget: bits per weight over all sites. rule "default": one multiple-choice knapsack over all
     rows with true stored bits (codes, padding, scales, codebooks, width tags), solved to a proven
     gap. rule "paper": the two-level program of LowRA (ICML 2025, section 6) on code bits alone.
-    unit: "row", or "layer" for one width per site. pins: "pattern=width" entries fix the width of
-    matching sites; of several, the first wins. adapter_rank: also
-    charge 16-bit LoRA factors of that rank to the budget.
-    Raises BudgetError with the reachable interval, PatternError for a pin that matches nothing.
+    unit: what shares a width: "row", "layer" (a site) or "siblings" (all sites that read one
+    input, so that a fused kernel sees one width). pins: "pattern=width" entries fix the width of
+    matching sites; of several, the first wins. adapter_rank: also charge 16-bit LoRA factors of
+    that rank to the budget. ranks: choose a rank per site among them, against the same bits.
+    Raises BudgetError with the reachable interval, PatternError for a pin that matches nothing,
+    RecipeError for siblings in a program without a graph, or pinned apart.
     """
 
     name: ClassVar[str] = "assign-precision"
     reads: ClassVar = (Codebooks,)
-    writes: ClassVar = (Precision,)
+    writes: ClassVar = (Precision, Assigned)
     budget: float = 2.0
     rule: str = "default"
     unit: str = "row"
     pins: tuple[str, ...] = ()
     adapter_rank: int = 0
+    ranks: tuple[int, ...] = ()
 
     def run(self, program: Program) -> Program:
         books = {site.name: program.fact(site.name, Codebooks) for site in program.sites}
@@ -50,68 +57,82 @@ class AssignPrecision(Pass):
         cost = np.concatenate([books[site.name].loss.numpy() for site in program.sites])
         with stage("precision", None):
             if self.rule == "paper":
-                choice = self._paper(program, cost, widths)
+                budget = int(self.budget * sum(site.weights for site in program.sites))
+                plan, ranks = self._paper(program, cost, widths), None
             else:
-                choice = self._knapsack(program, books, cost, widths)
-        chosen = np.asarray(widths, dtype=np.uint8)[choice]
-        parts = np.split(chosen, np.cumsum([site.n for site in program.sites])[:-1])
-        return program.with_facts(
-            {
-                site.name: [Precision(torch.from_numpy(part.copy()))]
-                for site, part in zip(program.sites, parts, strict=True)
-            }
-        )
+                rows = Rows(cost, _bits_of_rows(program, books, widths), self._groups(program))
+                plan, budget, ranks = self._knapsack(program, books, rows, widths)
+        return _with_plan(program, cost, widths, plan, budget, ranks)
 
-    def _paper(self, program: Program, cost: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-        if self.pins or self.unit != "row" or self.adapter_rank:
+    def _paper(self, program: Program, cost: Floats, widths: tuple[int, ...]) -> Assignment:
+        if self.pins or self.unit != "row" or self.adapter_rank or self.ranks:
             raise RecipeError("rule=paper knows no pins, layers or adapters; use rule=default")
         from lowra.passes.solver import solve_two_level
 
         sizes = np.concatenate([np.full(site.n, site.k) for site in program.sites])
-        return solve_two_level(cost, sizes, widths, self.budget).choice
+        return solve_two_level(cost, sizes, widths, self.budget)
 
     def _knapsack(
-        self, program: Program, books: dict[str, Codebooks], cost: np.ndarray,
-        widths: tuple[int, ...],
-    ) -> np.ndarray:  # fmt: skip
+        self, program: Program, books: dict[str, Codebooks], rows: Rows, widths: tuple[int, ...]
+    ) -> tuple[Assignment, int, tuple[int, ...] | None]:
         from lowra.passes.solver import solve_knapsack
 
-        first = books[program.sites[0].name]
-        bits = np.concatenate(
-            [
-                np.tile([row_bits(s.k, b, first.group, first.shared) for b in widths], (s.n, 1))
-                for s in program.sites
-            ]
-        )
-        cost = self._pinned(program, cost, widths)
-        cost, budget = self._affordable(program, cost, bits, widths, first.shared)
-        groups = None
-        if self.unit == "layer":
-            groups = np.repeat(np.arange(len(program.sites)), [s.n for s in program.sites])
-        return solve_knapsack(cost, bits, budget, groups=groups, seconds=SOLVER_EFFORT).choice
+        cost = self._pinned(program, rows.cost, widths)
+        shared = books[program.sites[0].name].shared
+        cost, budget = self._affordable(program, cost, rows.bits, widths, shared)
+        if self.ranks:
+            from lowra.passes.rank_options import solve_with_ranks
+
+            plan, chosen = solve_with_ranks(
+                program, Rows(cost, rows.bits, rows.groups), budget, self.ranks, SOLVER_EFFORT
+            )
+            return plan, budget, chosen
+        plan = solve_knapsack(cost, rows.bits, budget, groups=rows.groups, seconds=SOLVER_EFFORT)
+        return plan, budget, None
+
+    def _groups(self, program: Program) -> Ints | None:
+        """The group of each row whose rows must agree; None where each row is free."""
+        if self.unit == "row":
+            return None
+        sites = program.sites
+        number = {site.name: index for index, site in enumerate(sites)}
+        for group in self.site_groups(program):
+            number |= {site.name: number[group[0].name] for site in group}
+        return np.repeat([number[site.name] for site in sites], [site.n for site in sites])
+
+    def site_groups(self, program: Program) -> list[tuple[Site, ...]]:
+        """Sites that must agree on a width. Raises RecipeError where there is no graph to ask."""
+        if self.unit != "siblings":
+            return []
+        if program.graph is None:
+            raise RecipeError(
+                "unit='siblings' needs the model's graph, to see which sites share an input, and "
+                f"there is none ({program.warning}); use unit='layer' or unit='row'"
+            )
+        return siblings(program)
 
     def _affordable(
-        self, program: Program, cost: np.ndarray, bits: np.ndarray,
-        widths: tuple[int, ...], shared: bool,
-    ) -> tuple[np.ndarray, int]:  # fmt: skip
+        self, program: Program, cost: Floats, bits: Ints, widths: tuple[int, ...], shared: bool
+    ) -> tuple[Floats, int]:
         """Costs of the widths whose shared codebooks fit, and the bits left for rows.
 
         Where the tables of all widths leave too little, the widest go first, pinned ones excepted.
         """
-        pinned = {int(pin.rpartition("=")[2]) for pin in self.pins}
+        pinned = {width for _, width in parse_pins(self.pins, widths)}
         total = int(self.budget * sum(site.weights for site in program.sites))
         least = total + UNREACHABLE
         for count in range(len(widths), -1 if pinned else 0, -1):
             used = {*widths[:count], *pinned}
             open_ = np.array([width in used for width in widths])
             allowed = np.where(open_, cost, np.inf)
-            budget = self.row_budget(program.sites, tuple(sorted(used)), shared)
+            stored = tuple(width for width in widths if width in used)
+            budget = self.row_budget(program.sites, stored, shared)
             low = int(np.where(np.isfinite(allowed), bits, UNREACHABLE).min(1).sum())
             if low <= budget:
                 return allowed, budget
             least = min(least, low + total - budget)
         most = int(bits.max(1).sum()) + total - self.row_budget(program.sites, widths, shared)
-        raise BudgetError(self._unreachable(program, least, most))
+        raise BudgetError(self._unreachable(program, widths, least, most))
 
     def row_budget(self, sites: tuple[Site, ...], widths: tuple[int, ...], shared: bool) -> int:
         """Bits left for rows: the budget less what sites store beside rows, and LoRA if counted."""
@@ -120,31 +141,63 @@ class AssignPrecision(Pass):
         lora = sum(16 * self.adapter_rank * (site.n + site.k) for site in sites)
         return total - beside - lora
 
-    def _unreachable(self, program: Program, least: int, most: int) -> str:
+    def _unreachable(self, program: Program, widths: tuple[int, ...], least: int, most: int) -> str:
         weights = sum(site.weights for site in program.sites)
+        books = program.fact(program.sites[0].name, Codebooks)
         pins = f" with pins {', '.join(self.pins)}" if self.pins else ""
         low, high = (np.ceil(1000 * bits / weights) / 1000 for bits in (least, most))
+        bill = bill_of_pins(
+            program.sites,
+            self._pins(program, widths),
+            lambda site, width: site.n * row_bits(site.k, width, books.group, books.shared),  # pyright: ignore
+        )
         return (
             f"bit_budget={self.budget:g} is out of reach{pins}: this model can be stored in "
-            f"{low:.3f} to {high:.3f} bits per weight"
+            f"{low:.3f} to {high:.3f} bits per weight{bill}"
         )
 
-    def _pinned(self, program: Program, cost: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-        if not self.pins:
-            return cost
-        original, cost = cost, cost.copy()
+    def _pins(self, program: Program, widths: tuple[int, ...]) -> dict[str, Pin]:
+        return pinned_widths(
+            program.sites, self.site_groups(program), parse_pins(self.pins, widths)
+        )
+
+    def _pinned(self, program: Program, cost: Floats, widths: tuple[int, ...]) -> Floats:
+        """The costs with inf at every width that a pin excludes."""
         names = [site.name for site in program.sites]
+        select(names, [pin.rpartition("=")[0] for pin in self.pins], "pins")
+        cost = cost.copy()
+        pinned = self._pins(program, widths)
         bounds = np.cumsum([0, *(site.n for site in program.sites)])
-        for pin in reversed(self.pins):  # the first that matches has the last word
-            pattern, _, width = pin.rpartition("=")
-            select(names, [pattern], "pins")
-            if width not in map(str, widths):
-                raise RecipeError(f"pin {pin!r}: the width must be one of {widths}")
-            column = widths.index(int(width))
-            others = [i for i in range(len(widths)) if i != column]
-            for index, name in enumerate(names):
-                if matches(name, pattern):
-                    rows = slice(bounds[index], bounds[index + 1])
-                    cost[rows] = original[rows]
-                    cost[rows, others] = np.inf
+        for index, name in enumerate(names):
+            if name in pinned:
+                others = [i for i, width in enumerate(widths) if width != pinned[name][1]]
+                cost[bounds[index] : bounds[index + 1], others] = np.inf
         return cost
+
+
+def _bits_of_rows(program: Program, books: dict[str, Codebooks], widths: Sequence[int]) -> Ints:
+    first = books[program.sites[0].name]
+    per_site = [
+        np.tile([row_bits(s.k, b, first.group, first.shared) for b in widths], (s.n, 1))
+        for s in program.sites
+    ]
+    return np.concatenate(per_site).astype(np.int64)
+
+
+def _with_plan(
+    program: Program, cost: Floats, widths: tuple[int, ...], plan: Assignment, budget: int,
+    ranks: tuple[int, ...] | None,
+) -> Program:  # fmt: skip
+    """The program with Precision, Assigned, and AdapterRank where ranks were chosen."""
+    bound = plan.bound if ranks is None else None  # of the joint program nothing is proven
+    proof = Proof(plan.cost, plan.bits, budget, bound, plan.price)
+    ends = np.cumsum([site.n for site in program.sites])[:-1]
+    chosen = np.split(np.asarray(widths, dtype=np.uint8)[plan.choice], ends)
+    lost = np.split(cost[np.arange(len(cost)), plan.choice], ends)
+    facts: dict[str, list[object]] = {}
+    for site, part, loss in zip(program.sites, chosen, lost, strict=True):
+        precision = Precision(torch.from_numpy(part.copy()))
+        facts[site.name] = [precision, Assigned(float(loss.sum()), proof)]
+    for site, rank in zip(program.sites, ranks or (), strict=False):
+        facts[site.name].append(AdapterRank(rank))
+    return program.with_facts(facts)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
+from lowra.compiler.facts import Adapter, AdapterRank, Codebooks, Packed, Precision, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
@@ -32,7 +32,7 @@ class InitializeAdapters(Pass):
 
     name: ClassVar[str] = "initialize-adapters"
     reads: ClassVar = (Rotation, Statistics, Codebooks, Precision, Packed)
-    writes: ClassVar = (Adapter, Packed)
+    writes: ClassVar = (Packed,)  # and Adapter, but for sites to which the planner gave rank 0
     rank: int = 16
     alpha: float = 16.0
     rule: str = "closed-form"
@@ -48,7 +48,10 @@ class InitializeAdapters(Pass):
         return program.with_facts(facts)
 
     def _site(self, program: Program, site: Site, position: int) -> list[object]:
-        rank = min(self.rank, site.n, site.k)
+        chosen = program.find(site.name, AdapterRank)
+        rank = min(self.rank if chosen is None else chosen.rank, site.n, site.k)
+        if not rank:
+            return [program.fact(site.name, Packed)]
         scaling = self.alpha / self.rank
         weight = program.weight(site)
         gram = program.fact(site.name, Statistics).load(site.k)

@@ -8,20 +8,17 @@ the only file of the project that imports OR-Tools, so import it late.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from ortools.graph.python import min_cost_flow
 from ortools.sat.python import cp_model
 
 from lowra.compiler.errors import BudgetError, SolverError
 from lowra.passes.kmeans import kmeans
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from lowra.passes.relaxation import Assignment, Floats, Ints, Relaxed, assignment_of, relax
 
 FIRST_BAND = 48  # rows of the first exact solve
 NEGLIGIBLE = 1e-7  # a proven gap below this part of the cost is not worth more search
@@ -32,37 +29,6 @@ INTEGER_TOTAL = 2.0**52  # the largest scaled total
 
 CLUSTER_GAP = 1e-6
 """Relative gap at which the cluster program of the paper counts as solved."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One option per row, what it costs, and how far from the best it can be.
-
-    choice: int64 [rows], the index of each row's option. cost, bits: totals of the choice.
-    bound: a lower bound, up to float64 rounding, on the cost of every choice within the budget.
-    """
-
-    choice: Ints
-    cost: float
-    bits: int
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        """The part of the cost that a perfect choice might save; 0 when the cost is 0."""
-        return (self.cost - self.bound) / self.cost if self.cost else 0.0
-
-
-@dataclass(frozen=True)
-class _Relaxed:
-    """A greedy choice with its Lagrangian certificate; arrays are [options, rows]."""
-
-    cost: Floats
-    bits: Ints
-    plan: Assignment
-    slack: int  # bits left
-    excess: Floats  # what leaving the choice costs at the price of the break; inf = not allowed
-    broken: int  # the row whose increment no longer fitted
 
 
 def solve_knapsack(
@@ -94,7 +60,7 @@ def solve_knapsack(
     cost, bits = _checked_options(cost, bits)
     if groups is not None:
         return _solve_grouped(cost, bits, budget, np.asarray(groups), band, seconds)
-    return _refine(_relax(cost, bits, budget), band, seconds)
+    return _refine(relax(cost, bits, budget), band, seconds)
 
 
 def solve_two_level(
@@ -140,8 +106,8 @@ def solve_two_level(
         labels = kmeans(mse[rows], clusters, seed=seed)
         counts = _cluster_counts(mse[rows] * size, labels, widths, units)
         choice[rows] = _split_clusters(mse[rows], labels, counts)
-    whole = _relax(cost, bits, math.floor(exact_budget * int(sizes.sum())))
-    return _assignment(whole.cost, whole.bits, choice, whole.plan.bound)
+    whole = relax(cost, bits, math.floor(exact_budget * int(sizes.sum())))
+    return assignment_of(whole.cost, whole.bits, choice, whole.plan.bound)
 
 
 def _checked_options(cost: Floats, bits: Ints) -> tuple[Floats, Ints]:
@@ -176,72 +142,10 @@ def _solve_grouped(
     if closed.any():
         raise SolverError(f"group {names[closed.argmax()]} has no option allowed for all its rows")
     plan = solve_knapsack(group_cost, group_bits, budget, band=band, seconds=seconds)
-    return Assignment(plan.choice[member], plan.cost, plan.bits, plan.bound)
+    return replace(plan, choice=plan.choice[member])
 
 
-def _relax(cost: Floats, bits: Ints, budget: int) -> _Relaxed:
-    """Climb the hulls greedily; the break gives the price of a bit, its dual value the bound."""
-    cost, bits = np.ascontiguousarray(cost.T), np.ascontiguousarray(bits.T)
-    rows = np.arange(cost.shape[1])
-    corners, slopes = _climb_hulls(cost, bits)
-    low = int(bits[corners[0], rows].sum())
-    widest = np.where(np.isfinite(cost), bits, np.iinfo(np.int64).min).max(axis=0)
-    high = int(widest.sum())
-    if budget < low:
-        raise BudgetError(
-            f"a budget of {budget} bits cannot be met: the reachable interval is "
-            f"[{low}, {high}] bits"
-        )
-    budget = min(budget, high)
-    rises = np.diff(bits[corners, rows], axis=0).ravel()
-    steps = np.flatnonzero(slopes.ravel() > 0)  # lower steps first, so ties climb in order
-    steps = steps[np.argsort(-slopes.ravel()[steps], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(rises[steps]), budget - low, side="right"))
-    taken = np.bincount(steps[:count] % len(rows), minlength=len(rows))
-    choice = corners[taken, rows]
-    price, broken = 0.0, 0
-    if count < len(steps):
-        price, broken = float(slopes.ravel()[steps[count]]), int(steps[count] % len(rows))
-    excess = (cost - cost[choice, rows]) + price * (bits - bits[choice, rows])
-    plan = _assignment(cost, bits, choice, 0.0)
-    slack = budget - plan.bits
-    bound = plan.cost + float(np.minimum(excess.min(axis=0), 0).sum()) - price * slack
-    return _Relaxed(cost, bits, _assignment(cost, bits, choice, bound), slack, excess, broken)
-
-
-def _climb_hulls(cost: Floats, bits: Ints) -> tuple[Ints, Floats]:
-    """Corners of each row's lower hull, [options, rows], and slopes, [options - 1, rows].
-
-    A row whose hull has ended repeats its last corner with slope 0.
-    """
-    options, rows = cost.shape
-    places = np.arange(rows)
-    narrow = np.where(np.isfinite(cost), bits, np.iinfo(np.int64).max)
-    here = np.where(narrow == narrow.min(axis=0), cost, np.inf).argmin(axis=0)
-    corners, slopes = [here], [np.full(rows, np.inf)]
-    for _ in range(options - 1):
-        height, level = bits[here, places], cost[here, places]
-        slope, rise, following = np.zeros(rows), np.zeros(rows, dtype=np.int64), here.copy()
-        for option in range(options):
-            width = bits[option] - height
-            steep = np.maximum(level - cost[option], 0) / np.maximum(width, 1) * (width > 0)
-            better = (steep > slope) | ((steep == slope) & (steep > 0) & (width > rise))
-            slope, rise = np.where(better, steep, slope), np.where(better, width, rise)
-            following[better] = option
-        here = following
-        corners.append(here)
-        slopes.append(np.minimum(slope, slopes[-1]))  # concave in spite of rounding
-    return np.stack(corners), np.stack(slopes)[1:]
-
-
-def _assignment(cost: Floats, bits: Ints, choice: Ints, bound: float) -> Assignment:
-    """Totals of a choice; cost and bits are [options, rows]."""
-    rows = np.arange(len(choice))
-    total = float(cost[choice, rows].sum())
-    return Assignment(choice, total, int(bits[choice, rows].sum()), min(bound, total))
-
-
-def _refine(relaxed: _Relaxed, band: int, seconds: float) -> Assignment:
+def _refine(relaxed: Relaxed, band: int, seconds: float) -> Assignment:
     """Re-solve the least decided rows exactly, the others fixed; keep the better plan.
 
     A few rows first: the closer the plan, the fewer options can still improve on it.
@@ -257,12 +161,12 @@ def _refine(relaxed: _Relaxed, band: int, seconds: float) -> Assignment:
 
 
 def _improve(
-    relaxed: _Relaxed, plan: Assignment, rows: Ints, margin: Floats, seconds: float
+    relaxed: Relaxed, plan: Assignment, rows: Ints, margin: Floats, seconds: float
 ) -> Assignment:
     picks, gain = _solve_band(relaxed, plan, rows, seconds)
     choice = relaxed.plan.choice.copy()
     choice[rows] = picks
-    better = _assignment(relaxed.cost, relaxed.bits, choice, plan.bound)
+    better = assignment_of(relaxed.cost, relaxed.bits, choice, plan.bound, plan.price)
     if better.cost >= plan.cost:
         better = plan
     if np.delete(margin, rows).min(initial=np.inf) <= better.cost - plan.bound:
@@ -270,7 +174,7 @@ def _improve(
     # Every other row is pinned: leaving its option costs more than could still be saved. So what
     # CP-SAT proved of the band holds for the whole program.
     bound = min(better.cost, max(plan.bound, relaxed.plan.cost - gain))
-    return Assignment(better.choice, better.cost, better.bits, bound)
+    return replace(better, bound=bound)
 
 
 def _margins(excess: Floats, choice: Ints) -> Floats:
@@ -291,7 +195,7 @@ def _least_decided(margin: Floats, missing: float, band: int, broken: int) -> In
 
 
 def _solve_band(
-    relaxed: _Relaxed, plan: Assignment, rows: Ints, seconds: float
+    relaxed: Relaxed, plan: Assignment, rows: Ints, seconds: float
 ) -> tuple[Ints, float]:
     """CP-SAT over `rows`: the option of each, and a proven cap on what they can save."""
     choice, hint = relaxed.plan.choice[rows], plan.choice[rows]

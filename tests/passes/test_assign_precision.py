@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowra.compiler.errors import BudgetError, LowraError, PatternError
-from lowra.compiler.facts import Codebooks, Packed, Precision
+from lowra.compiler.errors import BudgetError, LowraError, PatternError, RecipeError
+from lowra.compiler.facts import Assigned, Codebooks, Packed, Precision
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
 from lowra.passes import AssignPrecision, FitCodebooks, QuantizeWeights
@@ -198,3 +198,39 @@ def test_rows_that_lose_nothing_take_no_bits_from_others() -> None:
     program = with_losses(site_program(two_sites()[0]), losses, WIDTHS)
     done = run_pipeline(program, (AssignPrecision(3.4),))
     assert set(widths_of(done, "up")) == {1}
+
+
+def test_the_proof_adds_up() -> None:
+    program = planned(AssignPrecision(3.4))
+    facts = [program.fact(site.name, Assigned) for site in program.sites]
+    proof = facts[0].proof
+    assert all(fact.proof == proof for fact in facts)
+    assert sum(fact.loss for fact in facts) == pytest.approx(proof.loss)
+    assert proof.bound is not None and proof.bound <= proof.loss
+    assert proof.gap is not None and 0 <= proof.gap < 1e-6
+    assert proof.bits <= proof.budget and proof.price is not None and proof.price > 0
+
+
+def test_the_price_of_a_bit_is_what_more_budget_saves() -> None:
+    """Over a step of one row, the loss falls by about the price times the bits bought."""
+    here, more = (planned(AssignPrecision(b)).fact("up", Assigned).proof for b in (3.4, 3.6))
+    saved = (here.loss - more.loss) / (more.bits - here.bits)
+    assert here.price is not None and more.price is not None
+    assert more.price * 0.5 <= saved <= here.price * 2
+
+
+def test_a_budget_between_two_plans_of_a_layer_is_met_from_below() -> None:
+    proofs = {b: planned(AssignPrecision(b, unit="layer")).fact("up", Assigned).proof
+              for b in (3.0, 3.05, 3.1, 3.15)}  # fmt: skip
+    assert all(proof.bits <= proof.budget for proof in proofs.values())
+    assert len({proof.bits for proof in proofs.values()}) < len(proofs)
+
+
+def test_siblings_without_a_graph_are_refused() -> None:
+    with pytest.raises(RecipeError, match="needs the model's graph.*made by hand.*unit='layer'"):
+        planned(AssignPrecision(4.0, unit="siblings"))
+
+
+def test_a_refusal_bills_the_pins() -> None:
+    with pytest.raises(BudgetError, match="the pin down=4 takes 3.* bits per weight .*1 sites"):
+        planned(AssignPrecision(3.0, pins=("down=4",)))
