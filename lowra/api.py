@@ -26,8 +26,10 @@ from lowra.runtime.export import export_program
 from lowra.runtime.module_view import build_module_view
 from lowra.workflows.calibration import as_token_batches, generate_calibration
 from lowra.workflows.models import vocabulary_size
-from lowra.workflows.planning import Plan, check_budget, make_plan
+from lowra.workflows.plan_file import check_plan, has_widths, read_plan, with_planned
+from lowra.workflows.planning import Plan, check_budget, kept_bytes, make_plan
 from lowra.workflows.report import make_report
+from lowra.workflows.skeletons import load_skeleton
 
 M = TypeVar("M", bound=nn.Module)
 BATCH_TOKENS = 4096
@@ -38,6 +40,7 @@ def compile(
     model: M,
     recipe: Recipe | None = None,
     *,
+    plan: Mapping[str, Any] | str | Path | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
@@ -51,25 +54,34 @@ def compile(
     input tensors), by default text that the model writes itself, seeded, or none where it cannot;
     `tokenizer` for texts; `example` inputs to trace a plain module with; `work_dir` keeps
     statistics and finished layers, so that a second compile, or one after a crash, reuses them.
+    `plan` replays a plan (a file, or `other.lowra.plan`) in place of a recipe: the same options,
+    and the same widths and ranks where a compile made the plan.
 
-    Raises RecipeError, BudgetError, PatternError, WeightError, CalibrationError, CaptureError,
-    OutputError: all before or instead of a result, none with anything half done.
+    Raises RecipeError, PlanError, BudgetError, PatternError, WeightError, CalibrationError,
+    CaptureError, OutputError: all before or instead of a result, none with anything half done.
     """
-    recipe = _recipe(recipe, options)
+    planned = None if plan is None else _planned(plan, recipe, options)
+    recipe = _recipe(recipe, options) if planned is None else Recipe.from_dict(planned["recipe"])
     _require_dense(model)
     begun = time.perf_counter()
     with record_stages() as stages, torch.no_grad():
         program = _captured(model, recipe, example)
         check_budget(program, recipe)
+        replay = planned is not None and has_widths(planned)
+        if planned is not None:
+            check_plan(program, planned)
+            program = with_planned(program, planned) if replay else program
+        elif recipe.unit == "siblings":
+            recipe.assignment().site_groups(program)  # refuses a program without a graph
         with stage("calibration", None):
             program = _calibrated(program, model, recipe, calibration, tokenizer)
         program = replace(program, spill=Spill(None if work_dir is None else Path(work_dir)))
-        program = run_pipeline(program, recipe.passes()[1:])
+        program = run_pipeline(program, recipe.passes(replay)[1:])
         view = build_module_view(model, program)
     report = make_report(program, stages, time.perf_counter() - begun)
     # The statistics are not needed any more: a temporary spill folder goes with this object.
     program = replace(program, calibration=(), spill=Spill.closed(), source=None)
-    plan_data = make_plan(program, recipe).to_dict()
+    plan_data = make_plan(program, recipe, kept_bytes(model, program)).to_dict()
     info = Compiled(
         program.sites, program.fingerprint, recipe.to_dict(), plan_data, report, program
     )
@@ -78,22 +90,27 @@ def compile(
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     recipe: Recipe | None = None,
     *,
     example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
     **options: Any,
 ) -> Plan:
-    """What compiling would do: sites, what is skipped and why, the reachable interval, sizes.
+    """What compiling would do: sites, what is skipped and why, the reachable interval, sizes,
+    and estimates of error, seconds and memory.
 
-    Touches nothing and reads no calibration data. Raises as `compile` does for a bad recipe.
+    Touches nothing and reads no calibration data. Of a model given by name (a folder, a `.gguf`
+    file, a Hub id) only shapes are read, from its config; nothing is traced then. Raises as
+    `compile` does for a bad recipe.
     """
     recipe = _recipe(recipe, options)
+    if isinstance(model, (str, Path)):
+        model = load_skeleton(model)
     _require_dense(model)
     with torch.no_grad():
         program = _captured(model, recipe, example)
     check_budget(program, recipe)
-    return make_plan(program, recipe)
+    return make_plan(program, recipe, kept_bytes(model, program))
 
 
 def save(
@@ -128,6 +145,16 @@ def _recipe(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     if options:
         return Recipe.from_dict(recipe.to_dict() | dict(options))
     return recipe
+
+
+def _planned(
+    plan: Mapping[str, Any] | str | Path, recipe: Recipe | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The plan to replay. Raises RecipeError for options that contradict it."""
+    given = [*(["recipe"] if recipe is not None else []), *options]
+    if given:
+        raise RecipeError(f"a plan holds its recipe: leave {', '.join(given)} out, or the plan")
+    return read_plan(plan)
 
 
 def _captured(

@@ -19,12 +19,16 @@ from lowra.passes import (
     MeasureSensitivity,
     NormalizeLinears,
     QuantizeWeights,
+    ReplayPrecision,
     RewriteLinears,
     RotateInputs,
 )
 
 PRESETS = ("default", "lowra")
-UNITS = ("row", "layer")
+RANKS = (0, 4, 8, 16, 32)
+"""LoRA ranks that rank="auto" chooses from."""
+
+UNITS = ("row", "layer", "siblings")
 INITS = ("closed-form", "loftq", "zero")
 
 
@@ -37,10 +41,13 @@ class Recipe:
     preset: "default", the best we know, or "lowra", the paper to the letter (data-free, absmax
         blocks of 64, 2 Lloyd iterations, widths 1, 2, 4, two-level program, LoftQ).
     widths: candidate widths; by default 1 to 4 (and 8 where the budget has room), or the paper's.
-    unit: "row" for a width per output row, "layer" for one per site.
+    unit: "row" for a width per output row, "layer" for one per site, "siblings"
+        for one for all sites that read one input (q/k/v, gate/up), as fused kernels want.
     rotation: input-side randomised Hadamard transform. group: columns per scale, -1 one scale per
         row, 0 none. shared_codebooks: one codebook per site and width instead of one per row.
     rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "loftq" or "zero".
+        rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition with
+        row widths (see lowra/passes/rank_options.py).
     count_adapters: LoRA factors, at 16 bit, count towards the budget.
     include, ignore: patterns (globs, or regular expressions after `re:`) of weights compressed
         although skipped by default (the head), or left alone. pins: {pattern: width}.
@@ -57,7 +64,7 @@ class Recipe:
     rotation: bool | None = None
     group: int | None = None
     shared_codebooks: bool | None = None
-    rank: int = 16
+    rank: int | str = 16
     alpha: float | None = None
     init: str | None = None
     count_adapters: bool = False
@@ -74,13 +81,22 @@ class Recipe:
         _check_choice("unit", self.unit, UNITS)
         if self.init is not None:
             _check_choice("init", self.init, INITS)
+        self._check_auto_rank()
         for name in ("rank", "calibration_tokens", "context", "seed"):
+            if name == "rank" and self.rank == "auto":
+                continue
             _check_whole(name, getattr(self, name), 0 if name in ("rank", "seed") else 1)
         for name in ("include", "ignore"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         self._check_types()
         self._check_widths()
         self._check_layout()
+
+    def _check_auto_rank(self) -> None:
+        if isinstance(self.rank, str) and self.rank != "auto":
+            raise RecipeError(f"rank={self.rank!r} must be a whole number of 0 or more, or 'auto'")
+        if self.rank == "auto":
+            object.__setattr__(self, "count_adapters", True)
 
     def _check_types(self) -> None:
         for name in ("rotation", "shared_codebooks", "count_adapters"):
@@ -113,7 +129,7 @@ class Recipe:
         if self.shared_codebooks and self.group == 0:
             raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
         fixed = {
-            "unit": self.unit == "layer", "pins": bool(self.pins), "group": self.group == 0,
+            "unit": self.unit != "row", "pins": bool(self.pins), "group": self.group == 0,
             "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
         }  # fmt: skip
         changed = [name for name, differs in fixed.items() if differs]
@@ -172,12 +188,22 @@ class Recipe:
         return group, shared and group != 0
 
     @property
+    def fixed_rank(self) -> int:
+        """The rank of every site; 0 where the planner chooses."""
+        return self.rank if isinstance(self.rank, int) else 0
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that a site can get."""
+        return self.rank if isinstance(self.rank, int) else max(RANKS)
+
+    @property
     def data_free(self) -> bool:
         """True when the recipe looks at no activations."""
         return self.is_paper
 
-    def passes(self) -> tuple[Pass, ...]:
-        """The pipeline this recipe stands for."""
+    def passes(self, replay: bool = False) -> tuple[Pass, ...]:
+        """The pipeline this recipe stands for; `replay`: with the widths of an earlier plan."""
         group, shared = self.layout
         rotation = (not self.is_paper) if self.rotation is None else self.rotation
         rule = "paper" if self.is_paper else "default"
@@ -188,12 +214,12 @@ class Recipe:
             CollectStatistics(),
             *(() if self.is_paper else (MeasureSensitivity(),)),
             FitCodebooks(widths=self.candidate_widths, group=group, shared=shared, rule=rule),
-            self.assignment(),
+            self._replay() if replay else self.assignment(),
             QuantizeWeights(feedback=not self.is_paper),
         ]
-        if self.rank:
-            alpha = float(self.rank if self.alpha is None else self.alpha)
-            steps.append(InitializeAdapters(rank=self.rank, alpha=alpha, rule=init, seed=self.seed))
+        if rank := self.largest_rank:
+            alpha = float(rank if self.alpha is None else self.alpha)
+            steps.append(InitializeAdapters(rank=rank, alpha=alpha, rule=init, seed=self.seed))
         return (*steps, RewriteLinears())
 
     def assignment(self) -> AssignPrecision:
@@ -203,8 +229,14 @@ class Recipe:
             rule="paper" if self.is_paper else "default",
             unit=self.unit,
             pins=tuple(f"{pattern}={width}" for pattern, width in self.pins.items()),
-            adapter_rank=self.rank if self.count_adapters else 0,
+            adapter_rank=self.fixed_rank if self.count_adapters else 0,
+            ranks=RANKS if self.rank == "auto" else (),
         )
+
+    def _replay(self) -> ReplayPrecision:
+        rank = self.fixed_rank if self.count_adapters else 0
+        budget = 0.0 if self.is_paper else float(self.bit_budget)
+        return ReplayPrecision(budget=budget, adapter_rank=rank)
 
 
 def _check_budget(budget: Any) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowra.cli.options import (
-    BitsOption,
     CountAdaptersOption,
     Dtype,
     DtypeOption,
@@ -16,6 +15,7 @@ from lowra.cli.options import (
     IncludeOption,
     JsonOption,
     ModelArgument,
+    OptionalBitsOption,
     OverwriteOption,
     PinOption,
     Preset,
@@ -26,6 +26,7 @@ from lowra.cli.options import (
     VerboseOption,
     WidthsOption,
     make_recipe,
+    refuse_options,
 )
 from lowra.cli.sources import load_source, require_tokenizer
 from lowra.cli.tables import print_facts, print_seconds, print_skipped, totals_of
@@ -34,14 +35,20 @@ from lowra.cli.work_folder import work_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowra.recipe import Recipe
+    from lowra.runtime.compiled import Compiled
+
+
+RECIPE_OPTIONS = (
+    "bits", "preset", "rank", "widths", "unit", "pin", "include", "ignore", "count_adapters",
+    "calibration_tokens", "context", "seed",
+)  # fmt: skip
 
 
 def compile_model(
     ctx: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
-    bits: BitsOption,
+    bits: OptionalBitsOption = None,
     preset: PresetOption = Preset.default,
     rank: RankOption = None,
     widths: WidthsOption = None,
@@ -65,6 +72,14 @@ def compile_model(
         Path | None,
         typer.Option(help="Keep statistics and finished layers here; by default in OUT.work."),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Replay a plan, in place of recipe options."),
+    ] = None,
+    save_plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Write the plan, with the widths of all rows."),
+    ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -75,25 +90,36 @@ def compile_model(
     Finished work is kept beside OUT: interrupted, the same command goes on where it was.
     """
     from lowra.compiler.progress import show_progress
+    from lowra.workflows.plan_file import check_plan_path, read_plan, write_plan
 
-    recipe = make_recipe(
-        bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
-        include=include, ignore=ignore, count_adapters=count_adapters,
-        calibration_tokens=calibration_tokens, context=context, seed=seed,
-    )  # fmt: skip
+    if plan is not None:
+        refuse_options(ctx, RECIPE_OPTIONS, "--plan, which holds the recipe")
+        what: dict[str, Any] = {"plan": read_plan(plan)}
+    elif bits is None:
+        raise typer.BadParameter("give a budget, or a --plan", param_hint="'--bits'")
+    else:
+        what = {"recipe": make_recipe(
+            bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
+            include=include, ignore=ignore, count_adapters=count_adapters,
+            calibration_tokens=calibration_tokens, context=context, seed=seed,
+        )}  # fmt: skip
     _check_output(out, overwrite)
+    if save_plan is not None:
+        check_plan_path(save_plan, overwrite)
     with work_folder(out, work_dir, ctx.obj.note) as folder, show_progress():
         ctx.obj.resumable = True
-        report = _compile(model, dtype, recipe, calibration, folder, out, overwrite)
-    data = {"model": model, "path": str(out), "recipe": recipe.to_dict(), **report}
+        info = _compile(model, dtype, what, calibration, folder, out, overwrite)
+    data = {"model": model, "path": str(out), "recipe": dict(info.recipe), **info.report}
+    if save_plan is not None:
+        data["plan"] = str(write_plan(info.plan, save_plan, overwrite))
     ctx.obj.show(data, lambda console: _render(console, data))
 
 
 def _compile(
-    source: str, dtype: Dtype, recipe: Recipe, calibration: Path | None, folder: Path, out: Path,
-    overwrite: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Load, compress and save; the report."""
+    source: str, dtype: Dtype, what: dict[str, Any], calibration: Path | None, folder: Path,
+    out: Path, overwrite: bool,
+) -> Compiled:  # fmt: skip
+    """Load, compress (`what`: recipe or plan) and save; what the model carries."""
     import lowra.api
     from lowra.compiler.progress import stage
     from lowra.runtime.compiled import compiled
@@ -102,12 +128,13 @@ def _compile(
     if calibration is not None:
         require_tokenizer(tokenizer, source)
     model = lowra.api.compile(
-        dense, recipe, calibration=calibration, tokenizer=tokenizer, work_dir=folder
+        dense, **what, calibration=calibration, tokenizer=tokenizer, work_dir=folder
     )
     with stage(f"save {out}", None):
         lowra.api.save(model, out, tokenizer=tokenizer, overwrite=overwrite)
     info = compiled(model)
-    return {} if info is None else dict(info.report)
+    assert info is not None
+    return info
 
 
 def _check_output(out: Path, overwrite: bool) -> None:

@@ -24,6 +24,7 @@ class Unit(StrEnum):
 
     row = "row"
     layer = "layer"
+    siblings = "siblings"
 
 
 class Dtype(StrEnum):
@@ -40,17 +41,27 @@ ModelArgument = Annotated[
 BitsOption = Annotated[
     float, typer.Option("--bits", help="Bits per compressed weight, a hard cap.")
 ]
+OptionalBitsOption = Annotated[
+    float | None,
+    typer.Option("--bits", help="Bits per compressed weight, a hard cap; needed without --plan."),
+]
 PresetOption = Annotated[
     Preset, typer.Option(help="'default', or 'lowra': the paper to the letter, data-free.")
 ]
 RankOption = Annotated[
-    int | None, typer.Option(help="LoRA rank, 0 for no adapter; by default as Recipe says.")
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="LoRA rank, 0 for no adapter, auto: per site, within the budget; default 16.",
+    ),
 ]
 WidthsOption = Annotated[
     str | None,
     typer.Option(metavar="1,2,3,4", help="Candidate widths; by default chosen by the budget."),
 ]
-UnitOption = Annotated[Unit, typer.Option(help="A width per output row, or one per layer.")]
+UnitOption = Annotated[
+    Unit, typer.Option(help="A width per output row, per layer, or for all layers on one input.")
+]
 PinOption = Annotated[
     list[str] | None,
     typer.Option("--pin", metavar="PATTERN=WIDTH", help="Fix the width of sites; repeatable."),
@@ -75,8 +86,9 @@ VerboseOption = Annotated[
 
 
 def make_recipe(
-    *, pin: list[str] | None, widths: str | None, preset: Preset, unit: Unit, **fields: Any
-) -> Recipe:
+    *, pin: list[str] | None, widths: str | None, preset: Preset, unit: Unit,
+    rank: str | None, **fields: Any,
+) -> Recipe:  # fmt: skip
     """The recipe of the options; one that was not given (None) keeps the recipe's default.
 
     Raises RecipeError, BudgetError, and typer.BadParameter for what cannot be parsed.
@@ -84,9 +96,27 @@ def make_recipe(
     from lowra.recipe import Recipe
 
     fields |= {"pins": parse_pins(pin or []), "preset": preset.value, "unit": unit.value}
+    if rank is not None:
+        fields["rank"] = parse_rank(rank)
     if widths is not None:
         fields["widths"] = parse_widths(widths)
     return Recipe.from_dict({name: v for name, v in fields.items() if v is not None})
+
+
+def refuse_options(ctx: typer.Context, names: tuple[str, ...], beside: str) -> None:
+    """Raise a usage error where any of the options `names` was given on the command line."""
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"it cannot stand beside {beside}", param_hint=f"'{option}'")
+
+
+def parse_rank(rank: str) -> int | str:
+    """`"16"` as `16`, and `"auto"` as it is."""
+    if rank != "auto" and not rank.strip().isdecimal():
+        raise typer.BadParameter(f"{rank!r} is no rank; give 16, or auto", param_hint="'--rank'")
+    return rank if rank == "auto" else int(rank)
 
 
 def parse_pins(pins: list[str]) -> dict[str, int]:

@@ -21,6 +21,17 @@ def load_source(source: str, dtype: Dtype = Dtype.bfloat16) -> tuple[nn.Module, 
         return load_model(source, dtype=getattr(torch, dtype.value))
 
 
+def load_shapes(source: str, dtype: Dtype) -> nn.Module:
+    """The model that `source` names without its weights. Raises ModelError, RecipeError."""
+    import torch
+
+    from lowra.compiler.progress import stage
+    from lowra.workflows.skeletons import load_skeleton
+
+    with stage(f"read {source}", None):
+        return load_skeleton(source, dtype=getattr(torch, dtype.value))
+
+
 def require_tokenizer(tokenizer: Any | None, source: str) -> Any:
     """The tokenizer. Raises ModelError when `source` came without one."""
     from lowra.compiler.errors import ModelError

@@ -85,6 +85,13 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def seconds_text(seconds: float) -> str:
+    """`8 s`, `4 min` or `2.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def totals_of(report: Mapping[str, Any]) -> dict[str, str]:
     """The totals of a compile's report, by name: bits, bytes, widths."""
     totals = report["totals"]
@@ -95,10 +102,22 @@ def totals_of(report: Mapping[str, Any]) -> dict[str, str]:
         "adapter bits": f"{totals['adapter_bits']:.3f} per weight, beside them",
         "size": f"{bytes_text(totals['bytes'])} ({totals['bytes']:,} bytes)",
         "rows": widths_text(totals["rows"]),
+        "assignment": assignment_text(report.get("assignment")),
         "calibration": f"{report['calibration_tokens']:,} tokens",
         "capture": report["capture"],
         "pipeline": report["pipeline"],
     }
+
+
+def assignment_text(found: Mapping[str, Any] | None) -> str:
+    """`expected loss 0.81 nats per token, within 1.2e-07 of the best possible plan`."""
+    if found is None:
+        return "unknown"
+    text = f"expected loss {found['expected_loss']:.4g} {found['unit']}"
+    if found["gap"] is None:
+        return f"{text}, nothing proven (replayed, or ranks chosen too)"
+    text += f", at most {found['gap']:.1e} of it above the best plan"
+    return f"{text}, {found['price_of_a_bit']:.3g} saved by one more bit"
 
 
 def print_seconds(console: Console, report: Mapping[str, Any]) -> None:

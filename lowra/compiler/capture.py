@@ -74,9 +74,11 @@ def capture(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = None
     fingerprint = fingerprint_of(tensors)
     inputs = example_inputs(model) if example is None else example
     graph, names, warning = None, (), "no example inputs to trace with"
+    if not fingerprint:
+        inputs, warning = None, "planned from shapes alone, nothing is traced"
     if inputs is not None:
         graph, names, warning = _try_export(model, inputs)
-    if graph is None:
+    if graph is None and fingerprint:
         log.warning("captured from the module tree, without a graph: %s", warning)
     aliases = tied_names(model)
     if graph is not None:
@@ -238,7 +240,12 @@ def _head(model: nn.Module) -> Tensor | None:
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of tensors, in name order."""
+    """sha256 over names, dtypes, shapes and bytes of tensors, in name order.
+
+    Empty for a model on the meta device, which has shapes but no bytes.
+    """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return ""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

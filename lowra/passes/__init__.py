@@ -10,6 +10,7 @@ from lowra.passes.initialize_adapters import InitializeAdapters
 from lowra.passes.measure_sensitivity import MeasureSensitivity
 from lowra.passes.normalize_linears import NormalizeLinears
 from lowra.passes.quantize_weights import QuantizeWeights
+from lowra.passes.replay_precision import ReplayPrecision
 from lowra.passes.rewrite_linears import RewriteLinears
 from lowra.passes.rotate_inputs import RotateInputs
 
@@ -20,6 +21,7 @@ PASSES: tuple[type[Pass], ...] = (
     MeasureSensitivity,
     FitCodebooks,
     AssignPrecision,
+    ReplayPrecision,
     QuantizeWeights,
     InitializeAdapters,
     RewriteLinears,

@@ -125,6 +125,8 @@ def _site(program: Program, weight: Weight, uses: dict[str, list[fx.Node]]) -> S
 def _check_finite(site: Site, weight: Tensor) -> None:
     if not weight.is_floating_point():
         raise WeightError(f"{site.name}: weight is {weight.dtype}, not a float; already quantized?")
+    if weight.is_meta:  # planned from shapes; a compile checks the values
+        return
     weight = weight.detach()
     finite = torch.isfinite(weight)
     if bool(finite.all()):

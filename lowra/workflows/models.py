@@ -48,7 +48,7 @@ def load_model(
         return _load_gguf(path, dtype)
     if path.is_dir():
         return _load_folder(path, dtype)
-    if path.exists() or _looks_like_path(str(source)):
+    if path.exists() or looks_like_path(str(source)):
         raise ModelError(
             f"no model at {str(source)!r}: give a folder with a config.json, a .gguf file, "
             "or a Hub id such as 'HuggingFaceTB/SmolLM2-135M'"
@@ -104,12 +104,13 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return getattr(text, "vocab_size", None)
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
+    """True for what can be no Hub id."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any | None]:
-    config = _read_config(path)
+    config = read_config(path)
     if (config.get("quantization_config") or {}).get("quant_method") != "lowra":
         return _load_pretrained(str(path), dtype)
     from lowra.runtime.checkpoint import load_checkpoint
@@ -117,7 +118,8 @@ def _load_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any | None]
     return load_checkpoint(path), _load_tokenizer(str(path))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises ModelError."""
     file = path / "config.json"
     if not file.is_file():
         raise ModelError(
@@ -138,14 +140,14 @@ def _load_pretrained(source: str, dtype: torch.dtype) -> tuple[nn.Module, Any | 
 
     try:
         config = AutoConfig.from_pretrained(source)
-        with _quiet_bars():
-            model = _model_class(config).from_pretrained(source, dtype=dtype)
+        with quiet_bars():
+            model = model_class(config).from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_unreadable(source, error)) from error
+        raise ModelError(unreadable(source, error)) from error
     return model, _load_tokenizer(source)
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class to load `config` with: the one it names, or else the fitting auto class."""
     import transformers
 
@@ -160,7 +162,8 @@ def _model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _unreadable(source: str, error: Exception) -> str:
+def unreadable(source: str, error: Exception) -> str:
+    """Why a model cannot be loaded, and the way out."""
     cause = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     if Path(source).exists():
         return f"cannot load {source!r} ({cause}): the folder is incomplete or of an unknown kind"
@@ -183,26 +186,27 @@ def _load_tokenizer(source: str, **options: Any) -> Any | None:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any | None]:
-    if not path.is_file():
-        raise ModelError(f"no file {str(path)!r}: check the path, or fetch the model again")
-    if not _has_magic(path):
-        raise ModelError(f"{str(path)!r} is not a GGUF file, or is cut short: fetch it again")
-    _require_gguf_packages()
+    require_gguf(path)
     from transformers import AutoModelForCausalLM
 
     folder = str(path.parent)
     try:
-        with _quiet_bars():
+        with quiet_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=path.name, dtype=dtype, **_unpacked()
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, IndexError) as error:
-        raise ModelError(_unreadable(str(path), error)) from error
+        raise ModelError(unreadable(str(path), error)) from error
     _forget_gguf(model)
     return model, _load_tokenizer(folder, gguf_file=path.name)
 
 
-def _require_gguf_packages() -> None:
+def require_gguf(path: Path) -> None:
+    """Raise ModelError unless `path` is a GGUF file and the packages to read it are there."""
+    if not path.is_file():
+        raise ModelError(f"no file {str(path)!r}: check the path, or fetch the model again")
+    if not _has_magic(path):
+        raise ModelError(f"{str(path)!r} is not a GGUF file, or is cut short: fetch it again")
     from importlib.util import find_spec
 
     missing = [name for name in _GGUF_PACKAGES if find_spec(name) is None]
@@ -231,7 +235,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 @contextmanager
-def _quiet_bars() -> Generator[None, None, None]:
+def quiet_bars() -> Generator[None, None, None]:
     """Keep transformers from drawing bars of its own, and gguf's, which no switch turns off."""
     from transformers.utils import logging
 

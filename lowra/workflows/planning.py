@@ -6,19 +6,29 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from lowra.compiler.errors import BudgetError
-from lowra.compiler.facts import Packed
-from lowra.compiler.program import Program, Site, matches, select
+from lowra.compiler.facts import AdapterRank, Packed, Precision
+from lowra.compiler.program import Program, Site, select
 from lowra.compiler.storage import row_bits, site_bits
+from lowra.passes.pins import Pin, bill_of_pins, pinned_widths
 from lowra.recipe import Recipe
+from lowra.workflows.plan_estimates import expected_error, stage_estimates
+from lowra.workflows.plan_file import encode_widths
+from lowra.workflows.report import assignment_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compile would do, or did.
+    """What a compile would do, or did. As a file it can be replayed (docs/guide-plans.md).
 
     Bits are per weight over all sites; sizes are bytes. `lowest_bits` to `highest_bits` is the
-    interval that budgets can reach. `sites` and `skipped` are tables of plain data.
+    interval that budgets can reach. `sites` and `skipped` are tables of plain data; after a
+    compile each site carries its rows, `row_widths` and `rank`. `file_bytes`: the checkpoint, with
+    what is not compressed. `estimates`: relative output error, seconds and memory per stage, from
+    shapes alone, before a compile. `assignment`: expected loss and proven bound, after it.
+    `fingerprint` is that of the weights, or empty where only their shapes were read.
     """
 
     bit_budget: float
@@ -29,20 +39,31 @@ class Plan:
     dense_bytes: int
     largest_bytes: int
     adapter_bytes: int
+    file_bytes: int
     sites: tuple[dict[str, Any], ...]
     skipped: tuple[dict[str, Any], ...]
     pipeline: str
+    recipe: dict[str, Any]
+    fingerprint: str
+    estimates: dict[str, Any] | None
+    assignment: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return asdict(self)
 
 
-def make_plan(program: Program, recipe: Recipe) -> Plan:
-    """The plan of a normalised program; with Packed facts, the sites carry what came out."""
+def make_plan(program: Program, recipe: Recipe, uncompressed_bytes: int = 0) -> Plan:
+    """The plan of a normalised program; with Packed facts, the sites carry what came out.
+
+    uncompressed_bytes: what the model's tensors that are no sites take.
+    """
     weights = sum(site.weights for site in program.sites)
     low, high = reachable(program, recipe)
-    adapter = sum(2 * min(recipe.rank, s.n, s.k) * (s.n + s.k) for s in program.sites)
+    adapter = sum(2 * _rank(program, recipe, s) * (s.n + s.k) for s in program.sites)
+    largest = math.floor(min(recipe.bit_budget, high) * weights / 8)
+    packed = [found.weight for s in program.sites if (found := program.find(s.name, Packed))]
+    stored = sum(weight.stored_bits() for weight in packed) // 8 if packed else largest
     return Plan(
         bit_budget=float(recipe.bit_budget),
         counts="code bits" if recipe.is_paper else "stored bits",
@@ -50,19 +71,53 @@ def make_plan(program: Program, recipe: Recipe) -> Plan:
         highest_bits=high,
         weights=weights,
         dense_bytes=sum(site.weights * site.dtype.itemsize for site in program.sites),
-        largest_bytes=math.floor(min(recipe.bit_budget, high) * weights / 8),
+        largest_bytes=largest,
         adapter_bytes=adapter,
+        file_bytes=stored + adapter + uncompressed_bytes,
         sites=tuple(_site_row(program, site) for site in program.sites),
         skipped=tuple(asdict(skipped) for skipped in program.skipped),
         pipeline=" ".join(map(str, recipe.passes())),
+        recipe=recipe.to_dict(),
+        fingerprint=program.fingerprint,
+        estimates=None if packed else _estimates(program, recipe, uncompressed_bytes),
+        assignment=assignment_of(program),
     )
+
+
+def kept_bytes(model: nn.Module, program: Program) -> int:
+    """Bytes of the model's parameters that stay as they are."""
+    packed = {site.weight for site in program.sites}
+    kept = (p for name, p in model.named_parameters() if name not in packed)
+    return sum(p.numel() * p.element_size() for p in kept)
+
+
+def _estimates(program: Program, recipe: Recipe, uncompressed_bytes: int) -> dict[str, Any]:
+    group, shared = recipe.layout
+    uniform = {
+        width: sum(site_total(s, width, (width,), group, shared, recipe) for s in program.sites)
+        for width in recipe.candidate_widths
+    }
+    weights = sum(site.weights for site in program.sites)
+    return {
+        "error": expected_error({w: b / weights for w, b in uniform.items()}, recipe.bit_budget),
+        **stage_estimates(program, recipe, uncompressed_bytes),
+    }
+
+
+def _rank(program: Program, recipe: Recipe, site: Site) -> int:
+    """The LoRA rank of a site: the planner's where it chose one, at most what the shape has."""
+    chosen = program.find(site.name, AdapterRank)
+    return min(recipe.largest_rank if chosen is None else chosen.rank, site.n, site.k)
 
 
 def _site_row(program: Program, site: Site) -> dict[str, Any]:
     row: dict[str, Any] = {"name": site.name, "shape": [site.n, site.k]}
     if packed := program.find(site.name, Packed):
-        widths = packed.weight.panels
-        row["rows"] = {str(width): rows for width, rows in widths}
+        row["rows"] = {str(width): rows for width, rows in packed.weight.panels}
+    if precision := program.find(site.name, Precision):
+        row["row_widths"] = encode_widths(precision.row_widths)
+    if chosen := program.find(site.name, AdapterRank):
+        row["rank"] = chosen.rank
     return row
 
 
@@ -73,24 +128,33 @@ def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
     widths = recipe.candidate_widths
     widest = max(widths) if fixed else 8
     totals = [0.0, 0.0]
-    free = any(not any(matches(s.name, p) for p in recipe.pins) for s in program.sites)
+    pinned = _pinned(program, recipe)
+    free = any(site.name not in pinned for site in program.sites)
     always = {*recipe.pins.values(), *([min(widths)] if free else [])}
     for site in program.sites:
-        pinned = [w for pattern, w in recipe.pins.items() if matches(site.name, pattern)]
-        for end, width in enumerate(pinned[:1] * 2 or (min(widths), widest)):
+        own = [pinned[site.name][1]] if site.name in pinned else []
+        for end, width in enumerate(own * 2 or (min(widths), widest)):
             stored = tuple({width, *always})
-            totals[end] += _site_total(site, width, stored, group, shared, recipe)
+            totals[end] += site_total(site, width, stored, group, shared, recipe)
+        if recipe.rank == "auto":
+            totals[1] += 16 * recipe.largest_rank * (site.n + site.k)
     weights = sum(site.weights for site in program.sites)
     low, high = (math.ceil(1000 * total / weights) / 1000 for total in totals)
     return low, high
 
 
-def _site_total(
-    site: Site, width: int, widths: tuple[int, ...], group: int, shared: bool, recipe: Recipe
+def _pinned(program: Program, recipe: Recipe) -> dict[str, Pin]:
+    groups = () if program.graph is None else recipe.assignment().site_groups(program)
+    return pinned_widths(program.sites, groups, tuple(recipe.pins.items()))
+
+
+def site_total(
+    site: Site, width: Any, widths: tuple[Any, ...], group: int, shared: bool, recipe: Recipe
 ) -> int:
+    """Bits of a site at one width that stores the codebooks of `widths`, LoRA if it is counted."""
     if recipe.is_paper:
         return site.weights * width
-    lora = 16 * recipe.rank * (site.n + site.k) if recipe.count_adapters else 0
+    lora = 16 * recipe.fixed_rank * (site.n + site.k) if recipe.count_adapters else 0
     beside = site_bits(site.n, widths, shared)
     return site.n * row_bits(site.k, width, group, shared) + beside + lora
 
@@ -98,15 +162,23 @@ def _site_total(
 def check_budget(program: Program, recipe: Recipe) -> None:
     """Raise BudgetError when the budget is below what the recipe can reach, before long work.
 
-    Also raises PatternError for a pin that matches no site.
+    Also raises PatternError for a pin that matches no site, and RecipeError for pins that
+    contradict each other.
     """
     names = [site.name for site in program.sites]
     for pattern in recipe.pins:
         select(names, [pattern], "pins")
     low, high = reachable(program, recipe)
-    if recipe.bit_budget < low:
-        pins = f" with pins {dict(recipe.pins)}" if recipe.pins else ""
-        raise BudgetError(
-            f"bit_budget={recipe.bit_budget:g} is out of reach{pins}: this model can be stored in "
-            f"{low:.3f} to {high:.3f} bits per weight"
-        )
+    if recipe.bit_budget >= low:
+        return
+    group, shared = recipe.layout
+    pins = f" with pins {dict(recipe.pins)}" if recipe.pins else ""
+    bill = bill_of_pins(
+        program.sites,
+        _pinned(program, recipe),
+        lambda site, width: site_total(site, width, (width,), group, shared, recipe),
+    )
+    raise BudgetError(
+        f"bit_budget={recipe.bit_budget:g} is out of reach{pins}: this model can be stored in "
+        f"{low:.3f} to {high:.3f} bits per weight{bill}; bit_budget={low:.3f} is enough"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowra.compiler.facts import Adapter, Packed, Statistics
+from lowra.compiler.facts import Adapter, Assigned, Packed, Statistics
 from lowra.compiler.program import Program, Site
 from lowra.compiler.storage import PackedWeight
 
@@ -24,6 +24,7 @@ def make_report(program: Program, stages: Mapping[str, float], seconds: float) -
     tokens = max((program.fact(s.name, Statistics).tokens for s in program.sites), default=0)
     return {
         "totals": _totals(program, sites),
+        "assignment": assignment_of(program),
         "calibration_tokens": tokens,
         "sites": sites,
         "skipped": [
@@ -36,6 +37,36 @@ def make_report(program: Program, stages: Mapping[str, float], seconds: float) -
     }
 
 
+def assignment_of(program: Program) -> dict[str, Any] | None:
+    """The expected loss of the plan, the proven bound on every other plan, and the price of a bit.
+
+    `unit` says what a loss is. bound, gap and price are None where widths were replayed, or
+    ranks chosen with them. None for a program without an assignment.
+    """
+    found = [a for s in program.sites if (a := program.find(s.name, Assigned)) is not None]
+    if not found:
+        return None
+    proof = found[0].proof
+    return {
+        "expected_loss": proof.loss,
+        "bound": proof.bound,
+        "gap": proof.gap,
+        "price_of_a_bit": proof.price,
+        "unit": _loss_unit(program),
+        "bits": proof.bits,
+        "budget_bits": proof.budget,
+    }
+
+
+def _loss_unit(program: Program) -> str:
+    if any(step.startswith("fit-codebooks") and "rule=paper" in step for step in program.history):
+        return "squared weight error"
+    found = [program.find(site.name, Statistics) for site in program.sites]
+    if any(statistics and statistics.sensitivity is not None for statistics in found):
+        return "nats per token"
+    return "shares of a layer's output energy, summed"
+
+
 def _weight(program: Program, site: Site) -> PackedWeight:
     return program.fact(site.name, Packed).weight
 
@@ -43,6 +74,7 @@ def _weight(program: Program, site: Site) -> PackedWeight:
 def _site_row(program: Program, site: Site) -> dict[str, Any]:
     packed = program.fact(site.name, Packed)
     adapter = program.find(site.name, Adapter)
+    assigned = program.find(site.name, Assigned)
     return {
         "name": site.name,
         "shape": [site.n, site.k],
@@ -53,6 +85,7 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
         "error": packed.error,
         "error_with_adapter": None if adapter is None else adapter.error,
         "rank": 0 if adapter is None else adapter.rank,
+        "expected_loss": None if assigned is None else assigned.loss,
     }
 
 

@@ -192,3 +192,34 @@ def test_rows_that_differ_in_layer_numbers_only_are_one():
 
 def test_bytes_in_words():
     assert [bytes_text(n) for n in (12, 1234, 5_600_000)] == ["12 bytes", "1.2 kB", "5.6 MB"]
+
+
+def test_plan_reads_no_weights(lowra, dense, tmp_path):
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((dense / "config.json").read_bytes())
+    done = lowra("plan", folder, "--bits", 3, "--out", tmp_path / "plan.json")
+    assert done.exit_code == 0, done.output
+    for word in ("estimated error", "peak memory", "quantize-weights", "checkpoint", "Gaussian"):
+        assert word in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["format"] == "lowra-plan"
+
+
+def test_compile_replays_a_plan(lowra, dense, tmp_path, no_graph):
+    plan, first, second = tmp_path / "plan.json", tmp_path / "first", tmp_path / "second"
+    words = (*QUICK, "--seed", 1, "--save-plan", plan)
+    data = lowra.json("compile", dense, first, *words)
+    assert data["plan"] == str(plan) and data["assignment"]["gap"] < 1e-4
+    again = lowra.json("compile", dense, second, "--plan", plan, "--dtype", "float32")
+    assert again["recipe"] == data["recipe"] and again["recipe"]["seed"] == 1
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    shown = lowra("inspect", first)
+    assert "assignment" in shown.stdout and "saved by one more bit" in shown.stdout
+    for option, value in (("--bits", 2), ("--rank", 4), ("--seed", 0), ("--pin", "*=4")):
+        clash = lowra("compile", dense, tmp_path / "x", "--plan", plan, option, value)
+        assert clash.exit_code == 2 and option in clash.stderr
+    other = lowra("compile", dense, tmp_path / "x", "--plan", plan)  # bfloat16, other bytes
+    assert other.exit_code == 2 and "weights do not" in other.stderr
+    assert "--bits" in lowra("compile", dense, tmp_path / "x").stderr
+    assert lowra("compile", dense, tmp_path / "x", *words).exit_code == 7

@@ -187,7 +187,7 @@ def test_notes_and_traceback_only_when_asked(lowra, monkeypatch):
         error.add_note("in pass: some-pass")
         raise error
 
-    monkeypatch.setattr("lowra.workflows.models.load_model", refuse)
+    monkeypatch.setattr("lowra.workflows.skeletons.load_skeleton", refuse)
     assert lowra("plan", "m", "--bits", 2).stderr == "error: two lines\n"
     loud = lowra("plan", "m", "--bits", 2, "-v").stderr
     assert "in pass: some-pass" in loud
@@ -200,7 +200,7 @@ def test_a_bug_shows_its_traceback(lowra, monkeypatch):
         sys.stdout.write("noise on stdout")
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("lowra.workflows.models.load_model", fail)
+    monkeypatch.setattr("lowra.workflows.skeletons.load_skeleton", fail)
     done = lowra("plan", "m", "--bits", 2)
     assert done.exit_code == 1
     assert "Traceback" in done.stderr
@@ -242,7 +242,7 @@ def test_an_interrupted_plan_does_not_speak_of_resuming(lowra, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowra.workflows.models.load_model", interrupt)
+    monkeypatch.setattr("lowra.workflows.skeletons.load_skeleton", interrupt)
     done = lowra("plan", "m", "--bits", 2)
     assert (done.exit_code, done.stderr) == (130, "interrupted\n")
     assert lowra.json("plan", "m", "--bits", 2, code=130)["kind"] == "KeyboardInterrupt"
