@@ -63,6 +63,7 @@ def compile(
     planned = None if plan is None else _planned(plan, recipe, options)
     recipe = _recipe(recipe, options) if planned is None else Recipe.from_dict(planned["recipe"])
     _require_dense(model)
+    _require_weights(model)
     begun = time.perf_counter()
     with record_stages() as stages, torch.no_grad():
         program = _captured(model, recipe, example)
@@ -135,6 +136,15 @@ def _require_dense(model: nn.Module) -> None:
         raise CaptureError(f"a {type(model).__name__} is no torch module; pass a loaded model")
     if compiled(model) is not None:
         raise RecipeError("this model is compiled already; compile the dense model instead")
+
+
+def _require_weights(model: nn.Module) -> None:
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise CaptureError(
+            f"{empty} is on the meta device and holds no values: load the weights to compile; "
+            "lowra.plan works without them"
+        )
 
 
 def _recipe(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:

@@ -202,6 +202,14 @@ def test_what_is_no_module_is_refused(model: Any) -> None:
         lowra.compile(model, bit_budget=2)
 
 
+def test_a_model_without_weights_is_planned_but_not_compiled() -> None:
+    with torch.device("meta"):
+        model = Stack()
+    assert lowra.plan(model, bit_budget=100).fingerprint == ""
+    with pytest.raises(CaptureError, match="first.weight is on the meta device"):
+        lowra.compile(model, bit_budget=100)
+
+
 # --- calibration --------------------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ def test_a_budget_that_no_model_can_meet_is_refused_with_what_is_usual(budget: f
         ("init", "loft", "init='loft' is unknown; nearest: loftq"),
         ("init", "closed_form", "init='closed_form' is unknown; nearest: closed-form"),
         ("rank", -1, "rank=-1 must be a whole number of 0 or more"),
+        ("rank", "all", "rank='all' must be a whole number of 0 or more, or 'auto'"),
         ("rank", 1.0, "rank=1.0 must be a whole number of 0 or more"),
         ("rank", True, "rank=True must be a whole number of 0 or more"),
         ("rank", None, "rank=None must be a whole number of 0 or more"),
@@ -241,6 +242,22 @@ def test_the_text_of_a_pipeline_reads_back_as_its_passes(preset: str) -> None:
 def test_rank_zero_leaves_the_adapter_pass_out() -> None:
     assert "initialize-adapters" not in text(bit_budget=2, rank=0)
     assert "initialize-adapters" not in text(bit_budget=2, rank=0, preset="lowra")
+
+
+def test_an_automatic_rank_is_counted_and_chosen_with_the_widths() -> None:
+    recipe = Recipe(bit_budget=2, rank="auto")
+    assert recipe.count_adapters and recipe == Recipe.from_dict(recipe.to_dict())
+    passes = text(bit_budget=2, rank="auto")
+    assert "assign-precision{ranks=0,4,8,16,32}" in passes
+    assert "initialize-adapters{rank=32 alpha=32.0}" in passes
+    with pytest.raises(RecipeError, match="is not part of preset 'lowra'"):
+        Recipe(bit_budget=2, rank="auto", preset="lowra")
+
+
+def test_a_replay_stands_in_for_the_assignment() -> None:
+    passes = print_pipeline(Recipe(bit_budget=2.5, rank=8, count_adapters=True).passes(replay=True))
+    assert " replay-precision{budget=2.5 adapter_rank=8} quantize-weights" in passes
+    assert "assign-precision" not in passes
 
 
 def test_alpha_is_the_rank_unless_given() -> None:

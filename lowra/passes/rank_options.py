@@ -74,7 +74,8 @@ def _rank_bits(site: Site, rank: int) -> int:
 
 
 def _site_losses(rows: Rows, choice: Ints, site_of: Ints) -> Floats:
-    return np.bincount(site_of, rows.cost[np.arange(len(choice)), choice])
+    lost = np.bincount(site_of, rows.cost[np.arange(len(choice)), choice])
+    return lost.astype(np.float64)
 
 
 def _joint(

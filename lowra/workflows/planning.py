@@ -64,6 +64,7 @@ def make_plan(program: Program, recipe: Recipe, uncompressed_bytes: int = 0) -> 
     largest = math.floor(min(recipe.bit_budget, high) * weights / 8)
     packed = [found.weight for s in program.sites if (found := program.find(s.name, Packed))]
     stored = sum(weight.stored_bits() for weight in packed) // 8 if packed else largest
+    beside = 0 if recipe.count_adapters and not packed else adapter  # else within `largest`
     return Plan(
         bit_budget=float(recipe.bit_budget),
         counts="code bits" if recipe.is_paper else "stored bits",
@@ -73,7 +74,7 @@ def make_plan(program: Program, recipe: Recipe, uncompressed_bytes: int = 0) -> 
         dense_bytes=sum(site.weights * site.dtype.itemsize for site in program.sites),
         largest_bytes=largest,
         adapter_bytes=adapter,
-        file_bytes=stored + adapter + uncompressed_bytes,
+        file_bytes=stored + beside + uncompressed_bytes,
         sites=tuple(_site_row(program, site) for site in program.sites),
         skipped=tuple(asdict(skipped) for skipped in program.skipped),
         pipeline=" ".join(map(str, recipe.passes())),
