@@ -59,7 +59,7 @@ def test_a_folder_comes_back_as_the_class_it_was(model, tmp_path):
     ],
 )
 def test_the_class_follows_from_the_config(config, name):
-    assert models._model_class(config).__name__ == name
+    assert models.model_class(config).__name__ == name
 
 
 def test_bf16_is_the_default(tmp_path):
