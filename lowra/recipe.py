@@ -14,6 +14,7 @@ from lowra.compiler.pipeline import Pass
 from lowra.passes import (
     AssignPrecision,
     CollectStatistics,
+    CorrectWeights,
     FitCodebooks,
     InitializeAdapters,
     MeasureSensitivity,
@@ -23,13 +24,14 @@ from lowra.passes import (
     RewriteLinears,
     RotateInputs,
 )
+from lowra.passes.correct_weights import CORRECTION_BITS
 
 PRESETS = ("default", "lowra")
 RANKS = (0, 4, 8, 16, 32)
 """LoRA ranks that rank="auto" chooses from."""
 
 UNITS = ("row", "layer", "siblings")
-INITS = ("closed-form", "loftq", "zero")
+INITS = ("closed-form", "alternate", "loftq", "zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,12 @@ class Recipe:
         for one for all sites that read one input (q/k/v, gate/up), as fused kernels want.
     rotation: input-side randomised Hadamard transform. group: columns per scale, -1 one scale per
         row, 0 none. shared_codebooks: one codebook per site and width instead of one per row.
-    rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "loftq" or "zero".
-        rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition with
-        row widths (see lowra/passes/rank_options.py).
+    rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "alternate"
+        (the closed form and the base in turn), "loftq" or "zero". rank "auto" chooses 0, 4, 8, 16
+        or 32 per site, paid from the budget in competition with row widths (see
+        lowra/passes/rank_options.py).
+    correction_rank, correction_bits: a frozen low-rank correction beside every packed weight, its
+        factors at 4 or 8 bits per value; counted in stored bits. Rank 0 for none.
     count_adapters: LoRA factors, at 16 bit, count towards the budget.
     include, ignore: patterns (globs, or regular expressions after `re:`) of weights compressed
         although skipped by default (the head), or left alone. pins: {pattern: width}.
@@ -68,6 +73,8 @@ class Recipe:
     alpha: float | None = None
     init: str | None = None
     count_adapters: bool = False
+    correction_rank: int = 0
+    correction_bits: int = 4
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     pins: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
@@ -82,15 +89,18 @@ class Recipe:
         if self.init is not None:
             _check_choice("init", self.init, INITS)
         self._check_auto_rank()
-        for name in ("rank", "calibration_tokens", "context", "seed"):
-            if name == "rank" and self.rank == "auto":
-                continue
-            _check_whole(name, getattr(self, name), 0 if name in ("rank", "seed") else 1)
+        for name in ("rank", "correction_rank", "seed", "calibration_tokens", "context"):
+            least = 1 if name in ("calibration_tokens", "context") else 0
+            if (name, self.rank) != ("rank", "auto"):
+                _check_whole(name, getattr(self, name), least)
         for name in ("include", "ignore"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         self._check_types()
         self._check_widths()
         self._check_layout()
+        bits = self.correction_bits
+        if type(bits) is not int or bits not in CORRECTION_BITS:
+            raise RecipeError(f"correction_bits={bits!r} must be 4 or 8")
 
     def _check_auto_rank(self) -> None:
         if isinstance(self.rank, str) and self.rank != "auto":
@@ -131,6 +141,7 @@ class Recipe:
         fixed = {
             "unit": self.unit != "row", "pins": bool(self.pins), "group": self.group == 0,
             "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
+            "correction_rank": self.correction_rank > 0,
         }  # fmt: skip
         changed = [name for name, differs in fixed.items() if differs]
         if self.is_paper and changed:
@@ -217,6 +228,8 @@ class Recipe:
             self._replay() if replay else self.assignment(),
             QuantizeWeights(feedback=not self.is_paper),
         ]
+        if self.correction_rank:
+            steps.append(CorrectWeights(rank=self.correction_rank, bits=self.correction_bits))
         if rank := self.largest_rank:
             alpha = float(rank if self.alpha is None else self.alpha)
             steps.append(InitializeAdapters(rank=rank, alpha=alpha, rule=init, seed=self.seed))
@@ -231,12 +244,17 @@ class Recipe:
             pins=tuple(f"{pattern}={width}" for pattern, width in self.pins.items()),
             adapter_rank=self.fixed_rank if self.count_adapters else 0,
             ranks=RANKS if self.rank == "auto" else (),
+            correction_rank=self.correction_rank,
+            correction_bits=self.correction_bits,
         )
 
     def _replay(self) -> ReplayPrecision:
         rank = self.fixed_rank if self.count_adapters else 0
         budget = 0.0 if self.is_paper else float(self.bit_budget)
-        return ReplayPrecision(budget=budget, adapter_rank=rank)
+        return ReplayPrecision(
+            budget=budget, adapter_rank=rank, correction_rank=self.correction_rank,
+            correction_bits=self.correction_bits,
+        )  # fmt: skip
 
 
 def _check_budget(budget: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lowra.compiler.correction import Correction
 from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
@@ -56,6 +57,10 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
         weight = packed.weight
         bits = weight.stored_bits() / weight.weights
         yield f"packed: {bits:.2f} bits, error {packed.error:.2g}"
+    if correction := program.find(name, Correction):
+        bits = correction.stored_bits() / site.weights
+        width = correction.a.panels[0][0]
+        yield f"correction: rank={correction.rank} at {width} bits a value, {bits:.2f} bits"
     if adapter := program.find(name, Adapter):
         yield f"adapter: rank={adapter.rank} scaling={adapter.scaling:g}"
 
@@ -65,7 +70,8 @@ def _totals(program: Program) -> str:
     packed = [p.weight for s in program.sites if (p := program.find(s.name, Packed))]
     text = f"sites {len(program.sites)}, weights {weights}"
     if packed and len(packed) == len(program.sites):
-        stored = sum(p.stored_bits() for p in packed)
+        corrections = [c for s in program.sites if (c := program.find(s.name, Correction))]
+        stored = sum(p.stored_bits() for p in (*packed, *corrections))
         code = sum(p.code_bits() for p in packed)
         text += f", stored bits {stored / weights:.3f}, code bits {code / weights:.3f}"
     return text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
+from lowra.compiler.correction import Correction
 from lowra.compiler.errors import PipelineError
 from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision
 from lowra.compiler.program import Program
@@ -65,6 +66,8 @@ def _fact_shapes(
             yield "precision", tuple(precision.row_widths.shape), (n,)
         if packed := program.find(name, Packed):
             yield "packed weight", (packed.weight.n, packed.weight.k), (n, k)
+        if correction := program.find(name, Correction):
+            yield "correction", (correction.b.k, correction.a.k), (n, k)
         if adapter := program.find(name, Adapter):
             yield "lora_a", tuple(adapter.lora_a.shape), (adapter.rank, k)
             yield "lora_b", tuple(adapter.lora_b.shape), (n, adapter.rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowra.compiler.pipeline import Pass
 from lowra.passes.assign_precision import AssignPrecision
 from lowra.passes.collect_statistics import CollectStatistics
+from lowra.passes.correct_weights import CorrectWeights
 from lowra.passes.fit_codebooks import FitCodebooks
 from lowra.passes.initialize_adapters import InitializeAdapters
 from lowra.passes.measure_sensitivity import MeasureSensitivity
@@ -23,6 +24,7 @@ PASSES: tuple[type[Pass], ...] = (
     AssignPrecision,
     ReplayPrecision,
     QuantizeWeights,
+    CorrectWeights,
     InitializeAdapters,
     RewriteLinears,
 )

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from lowra.compiler.correction import correction_bits
 from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError, RecipeError
 from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
@@ -37,6 +38,8 @@ class AssignPrecision(Pass):
     input, so that a fused kernel sees one width). pins: "pattern=width" entries fix the width of
     matching sites; of several, the first wins. adapter_rank: also charge 16-bit LoRA factors of
     that rank to the budget. ranks: choose a rank per site among them, against the same bits.
+    correction_rank, correction_bits: charge the exact bits of such a correction per site
+    (correct-weights).
     Raises BudgetError with the reachable interval, PatternError for a pin that matches nothing,
     RecipeError for siblings in a program without a graph, or pinned apart.
     """
@@ -50,6 +53,8 @@ class AssignPrecision(Pass):
     pins: tuple[str, ...] = ()
     adapter_rank: int = 0
     ranks: tuple[int, ...] = ()
+    correction_rank: int = 0
+    correction_bits: int = 4
 
     def run(self, program: Program) -> Program:
         books = {site.name: program.fact(site.name, Codebooks) for site in program.sites}
@@ -65,7 +70,8 @@ class AssignPrecision(Pass):
         return _with_plan(program, cost, widths, plan, budget, ranks)
 
     def _paper(self, program: Program, cost: Floats, widths: tuple[int, ...]) -> Assignment:
-        if self.pins or self.unit != "row" or self.adapter_rank or self.ranks:
+        counted = self.adapter_rank or self.ranks or self.correction_rank
+        if self.pins or self.unit != "row" or counted:
             raise RecipeError("rule=paper knows no pins, layers or adapters; use rule=default")
         from lowra.passes.solver import solve_two_level
 
@@ -135,11 +141,13 @@ class AssignPrecision(Pass):
         raise BudgetError(self._unreachable(program, widths, least, most))
 
     def row_budget(self, sites: tuple[Site, ...], widths: tuple[int, ...], shared: bool) -> int:
-        """Bits left for rows: the budget less what sites store beside rows, and LoRA if counted."""
+        """Bits left for rows: the budget less what sites store beside rows, and counted LoRA."""
         total = int(self.budget * sum(site.weights for site in sites))
         beside = sum(site_bits(site.n, widths, shared) for site in sites)
         lora = sum(16 * self.adapter_rank * (site.n + site.k) for site in sites)
-        return total - beside - lora
+        rank, bits = self.correction_rank, self.correction_bits
+        corrections = sum(correction_bits(site.n, site.k, rank, bits) for site in sites)
+        return total - beside - lora - corrections
 
     def _unreachable(self, program: Program, widths: tuple[int, ...], least: int, most: int) -> str:
         weights = sum(site.weights for site in program.sites)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lowra.compiler.correction import Correction
 from lowra.compiler.facts import Adapter, AdapterRank, Codebooks, Packed, Precision, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
-from lowra.passes.feedback import DAMPING, scale_index
-from lowra.passes.moments import output_error
+from lowra.passes.correct_weights import requantized
+from lowra.passes.feedback import scale_index
+from lowra.passes.low_rank import Factors, alternate, closed_form
+from lowra.passes.moments import MomentsReader, output_error
 from lowra.passes.quantizer import quantize
 
 
@@ -25,9 +29,13 @@ class InitializeAdapters(Pass):
 
     rule "closed-form": the rank-r minimum of E|(E - BA) x|^2, from the singular vectors of E L
     with Gram = L L' (QERA, arXiv 2410.06040; CLoQ, arXiv 2501.18475).
+    rule "alternate": the closed form, then `rounds` times Q anew for W - BA and the closed form of
+    what is left, while the output error with the adapter falls. The packed weights change with it:
+    they are made for this adapter, and alone are worse than before.
     rule "loftq": LoftQ (arXiv 2310.08659): `iterations` times, SVD_r of W - Q, then Q requantized
     from W - BA by rounding; the packed weights change with it.
     rule "zero": B = 0 and A Gaussian, as plain LoRA starts.
+    Where a site has a Correction C, W - C stands for W.
     """
 
     name: ClassVar[str] = "initialize-adapters"
@@ -37,23 +45,29 @@ class InitializeAdapters(Pass):
     alpha: float = 16.0
     rule: str = "closed-form"
     iterations: int = 5
+    rounds: int = 2
     seed: int = 0
 
     def run(self, program: Program) -> Program:
         facts: dict[str, list[object]] = {}
+        moments = MomentsReader(program)
         with stage("adapters", len(program.sites)) as bar:
             for position, site in enumerate(program.sites):
-                facts[site.name] = self._site(program, site, position)
+                facts[site.name] = self._site(program, site, position, moments)
                 bar.advance()
         return program.with_facts(facts)
 
-    def _site(self, program: Program, site: Site, position: int) -> list[object]:
+    def _site(
+        self, program: Program, site: Site, position: int, moments: MomentsReader
+    ) -> list[object]:
         chosen = program.find(site.name, AdapterRank)
         rank = min(self.rank if chosen is None else chosen.rank, site.n, site.k)
         if not rank:
             return [program.fact(site.name, Packed)]
         scaling = self.alpha / self.rank
         weight = program.weight(site)
+        if correction := program.find(site.name, Correction):
+            weight = weight - correction.product()
         gram = program.fact(site.name, Statistics).load(site.k)
         packed = program.fact(site.name, Packed)
         residual = weight - packed.weight.dequantize()
@@ -62,6 +76,15 @@ class InitializeAdapters(Pass):
             base, b, a = self._loftq(program, site, weight, packed.weight, rank)
             residual = weight - base.dequantize()
             packed = replace(packed, weight=base, error=output_error(residual, gram) / energy)
+        elif self.rule == "alternate":
+            again = partial(requantized, program, site, moments)
+            fit = partial(_closed_factors, gram=gram, rank=rank)
+            split = alternate(weight, gram, packed.weight, fit, again, self.rounds)
+            b, a = split.part.b, split.part.a
+            if split.base is not packed.weight:
+                residual = weight - split.base.dequantize()
+                error = output_error(residual, gram) / energy
+                packed = replace(packed, weight=split.base, error=error)
         elif self.rule == "zero":
             b, a = _zero_start(site, rank, self.seed + position)
         else:
@@ -86,42 +109,8 @@ class InitializeAdapters(Pass):
         return base, b, a
 
 
-def closed_form(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [n, r], A [r, k] float32 minimising tr((E - BA) G (E - BA)') for E [n, k].
-
-    With M = E L, G = L L', M = U S V': B = U_r sqrt(S_r), A = sqrt(S_r) V_r' L^-1. The singular
-    vectors come from the symmetric eigenproblem of the smaller side, in float64; for n <= k that
-    is M M' = E G E' and V_r' L^-1 = S_r^-1 U_r' E, so G is not factored.
-    """
-    n, k = error.shape
-    e, g = error.double(), gram.double()
-    g = g + torch.eye(k, dtype=g.dtype) * (DAMPING * (float(g.diagonal().mean()) or 1.0))
-    if n <= k:
-        squares, u = _largest(e @ g @ e.T, rank)
-        sizes = squares.clamp_min(0).sqrt()
-        coefficients = u.T @ e
-    else:
-        lower = torch.linalg.cholesky(g)
-        m = e @ lower
-        v = _largest(m.T @ m, rank)[1]
-        image = m @ v
-        sizes = image.norm(dim=0)
-        u = image / sizes.clamp_min(1e-30)
-        right = torch.linalg.solve_triangular(lower, v.T.contiguous(), upper=False, left=False)
-        coefficients = sizes[:, None] * right
-    root = sizes.clamp_min(1e-30).sqrt()
-    live = (sizes > 1e-12 * sizes.max().clamp_min(1e-300)).double()
-    return (u * (root * live)).float(), (coefficients / root[:, None] * live[:, None]).float()
-
-
-def _largest(square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues [r] and eigenvectors [k, r] of a symmetric float64 [k, k].
-
-    Solved in float32, in half the time: a vector's error costs its square in captured energy.
-    """
-    size = float(square.diagonal().mean()) or 1.0
-    values, vectors = torch.linalg.eigh((square / size).float())
-    return values[-rank:].flip(0).double() * size, vectors[:, -rank:].flip(1).double()
+def _closed_factors(error: Tensor, gram: Tensor, rank: int) -> Factors:
+    return Factors(*closed_form(error, gram, rank))
 
 
 def _rescaled(books: Codebooks, weight: Tensor) -> Codebooks:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from lowra.compiler.correction import correction_bits
 from lowra.compiler.errors import BudgetError, PlanError
 from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
 from lowra.compiler.pipeline import Pass
@@ -29,6 +30,8 @@ class ReplayPrecision(Pass):
     writes: ClassVar = (Precision, Assigned)
     budget: float = 0.0
     adapter_rank: int = 0
+    correction_rank: int = 0
+    correction_bits: int = 4
 
     def run(self, program: Program) -> Program:
         losses: dict[str, float] = {}
@@ -46,6 +49,7 @@ class ReplayPrecision(Pass):
             used = tuple(program.fact(site.name, Precision).histogram())
             bits += site_bits(site.n, used, books.shared)
             bits += 16 * self._rank(program, site.name) * (site.n + site.k)
+            bits += correction_bits(site.n, site.k, self.correction_rank, self.correction_bits)
         weights = sum(site.weights for site in program.sites)
         if self.budget and bits > self.budget * weights:
             raise BudgetError(

@@ -8,17 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from lowra.compiler.correction import FACTORS, Correction
 from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
+from lowra.compiler.storage import PackedWeight
+
+ATEN, OPS = torch.ops.aten, torch.ops.lowra
 
 
 @dataclass(frozen=True)
 class RewriteLinears(Pass):
     """linear(x, weight, bias)  ->  quantized_linear_lora(x, packed weight, bias, A, B, scaling)
 
-    Without an Adapter fact the op is quantized_linear. The dense weight leaves the program when
-    nothing else reads it; packed tensors come in under the module's name.
+    Without an Adapter fact the op is quantized_linear. With a Correction fact its output gets
+    + quantized_linear(x, packed A) @ dequantize(packed B'). The dense weight leaves the program
+    when nothing else reads it; packed tensors come in under the module's name.
     """
 
     name: ClassVar[str] = "rewrite-linears"
@@ -62,36 +67,64 @@ def _dequantized(
     graph: fx.Graph, program: Program, site: Site, node: fx.Node, mapping: dict[fx.Node, fx.Node]
 ) -> fx.Node:
     """embedding(weight, ids)  ->  embedding(dequantize(packed weight), ids)"""
-    reads = _read_packed(graph, program, site)
-    layout = program.fact(site.name, Packed).weight.op_args()[4:]
-    args: tuple[Any, ...] = (
-        reads["codes"], reads["codebooks"], reads.get("scales"), reads["order"],
-        *layout, site.dtype,
-    )  # fmt: skip
-    table = graph.call_function(torch.ops.lowra.dequantize.default, args)
-    table.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+    emit = _Emitter(graph, node)
+    weight = program.fact(site.name, Packed).weight
+    table = emit.dequantized(site.name, weight, site.dtype)
+    if correction := program.find(site.name, Correction):
+        a, b = (
+            emit.dequantized(f"{site.name}.{name}", factor, site.dtype)
+            for name, factor in correction.factors().items()
+        )
+        product = emit(ATEN.matmul.default, emit(ATEN.t.default, b), a)
+        table = emit(ATEN.add.Tensor, table, product)
     rest = fx.map_arg(node.args[1:], lambda n: mapping[n])
     new = graph.create_node("call_function", node.target, (table, *rest), name=node.name)
     new.meta = dict(node.meta)
     return new
 
 
-def _read_packed(graph: fx.Graph, program: Program, site: Site) -> dict[str, Any]:
-    names = (name.rsplit(".", 1)[1] for name in site_tensors(program, site))
-    return {role: graph.get_attr(f"{site.name}.{role}") for role in names}
+@dataclass(frozen=True)
+class _Emitter:
+    """Adds nodes to `graph` that belong to the layer of `like`."""
+
+    graph: fx.Graph
+    like: fx.Node
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {"nn_module_stack": self.like.meta.get("nn_module_stack")}
+        return node
+
+    def packed(self, prefix: str, weight: PackedWeight) -> tuple[Any, ...]:
+        """The packed arguments of an op, its tensors read under `prefix`."""
+        reads = {role: self.graph.get_attr(f"{prefix}.{role}") for role in _roles(weight)}
+        return (
+            reads["codes"], reads["codebooks"], reads.get("scales"), reads["order"],
+            *weight.op_args()[4:],
+        )  # fmt: skip
+
+    def dequantized(self, prefix: str, weight: PackedWeight, dtype: torch.dtype) -> fx.Node:
+        return self(OPS.dequantize.default, *self.packed(prefix, weight), dtype)
 
 
 def _pure(node: fx.Node) -> bool:
     return node.op == "get_attr" or node.target is torch.ops.aten.t.default
 
 
-def site_tensors(program: Program, site: Site) -> dict[str, Tensor]:
-    """Every tensor the compressed node reads, by qualified name."""
-    weight = program.fact(site.name, Packed).weight
+def _roles(weight: PackedWeight) -> dict[str, Tensor]:
+    """What an op reads of a packed weight, by role."""
     named: dict[str, Tensor] = {"codes": weight.codes, "codebooks": weight.codebooks}
     if weight.scales is not None:
         named["scales"] = weight.scales
-    named["order"] = weight.order
+    return {**named, "order": weight.order}
+
+
+def site_tensors(program: Program, site: Site) -> dict[str, Tensor]:
+    """Every tensor the compressed node reads, by qualified name."""
+    named = _roles(program.fact(site.name, Packed).weight)
+    if correction := program.find(site.name, Correction):
+        for name, factor in correction.factors().items():
+            named |= {f"{name}.{role}": tensor for role, tensor in _roles(factor).items()}
     adapter = program.find(site.name, Adapter)
     if adapter is not None:
         named["lora_A"] = adapter.lora_a.to(site.dtype)
@@ -102,19 +135,31 @@ def site_tensors(program: Program, site: Site) -> dict[str, Tensor]:
 def _rewritten(
     graph: fx.Graph, program: Program, site: Site, node: fx.Node, mapping: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    weight = program.fact(site.name, Packed).weight
+    emit = _Emitter(graph, node)
     adapter = program.find(site.name, Adapter)
     x, bias = mapping[node.args[0]], node.args[2] if len(node.args) > 2 else None  # pyright: ignore
-    reads = _read_packed(graph, program, site)
-    layout = weight.op_args()[4:]
     args: tuple[Any, ...] = (
-        x, reads["codes"], reads["codebooks"], reads.get("scales"), reads["order"], *layout,
+        x, *emit.packed(site.name, program.fact(site.name, Packed).weight),
         None if bias is None else mapping[bias],  # pyright: ignore
     )  # fmt: skip
-    target = torch.ops.lowra.quantized_linear.default
+    target = OPS.quantized_linear.default
     if adapter is not None:
-        target = torch.ops.lowra.quantized_linear_lora.default
-        args = (*args, reads["lora_A"], reads["lora_B"], adapter.scaling)
+        target = OPS.quantized_linear_lora.default
+        factors = (graph.get_attr(f"{site.name}.{role}") for role in ("lora_A", "lora_B"))
+        args = (*args, *factors, adapter.scaling)
     new = graph.create_node("call_function", target, args, name=node.name)
     new.meta = dict(node.meta)
-    return new
+    correction = program.find(site.name, Correction)
+    return new if correction is None else _corrected(emit, site, x, new, correction)
+
+
+def _corrected(
+    emit: _Emitter, site: Site, x: fx.Node, y: fx.Node, correction: Correction
+) -> fx.Node:
+    """y + C x"""
+    a, b = (f"{site.name}.{name}" for name in FACTORS)
+    low = emit(OPS.quantized_linear.default, x, *emit.packed(a, correction.a), None)
+    table = emit.dequantized(b, correction.b, site.dtype)
+    total = emit(ATEN.add.Tensor, y, emit(ATEN.matmul.default, low, table))
+    total.meta = dict(y.meta)
+    return total

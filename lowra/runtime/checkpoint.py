@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowra.compiler.capture import tied_names
+from lowra.compiler.correction import FACTORS, Correction
 from lowra.compiler.errors import CheckpointError, LowraError, OutputError
 from lowra.compiler.program import Site
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import ROLES, from_tensors
+from lowra.compiler.storage import ROLES, PackedWeight, from_tensors
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.manifest import (
     FORMAT_VERSION,
@@ -186,7 +187,18 @@ def _site_entry(model: nn.Module, site: Site) -> dict[str, Any]:
         "dtype": str(layer.dtype).removeprefix("torch."),
         "modules": list(site.modules), "embeddings": list(site.embeddings),
         "rank": layer.rank, "scaling": layer.scaling, "weight": site.weight,
-        "transposed": site.transposed,
+        "transposed": site.transposed, "correction": _correction_entry(layer),
+    }  # fmt: skip
+
+
+def _correction_entry(layer: QuantizedLinear) -> dict[str, Any] | None:
+    """Shape and rotation of a site's correction; the rest is in its tensors."""
+    if (correction := layer.correction) is None:
+        return None
+    rotation = correction.a.rotation
+    return {
+        "rank": correction.rank, "group": correction.a.group,
+        "rotation": {"seed": rotation.seed, "block": rotation.block},
     }  # fmt: skip
 
 
@@ -289,13 +301,33 @@ def _place_sites(
             name, entry["weight"], int(entry["n"]), int(entry["k"]), bool(entry["transposed"]),
             dtype, tuple(entry["modules"]), (), tuple(entry["embeddings"]),
         )  # fmt: skip
-        rotation = Rotation(int(entry["rotation"]["seed"]), int(entry["rotation"]["block"]))
         holder = next(m for m in (*site.embeddings, *site.modules) if f"{m}.codes" in tensors)
-        stored = {r: tensors.pop(f"{holder}.{r}") for r in ROLES if f"{holder}.{r}" in tensors}
-        packed = from_tensors(stored, site.n, site.k, int(entry["group"]), rotation)
-        place(model, site, packed, _factors(site, entry, tensors), dtype)
+        packed = _packed(holder, site.n, site.k, entry, tensors)
+        correction = _correction(holder, site, entry["correction"], tensors)
+        place(model, site, packed, _factors(site, entry, tensors), dtype, correction)
         sites.append(site)
     return tuple(sites)
+
+
+def _packed(
+    prefix: str, n: int, k: int, entry: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> PackedWeight:
+    """The packed weight [n, k] under `prefix`; takes its tensors out of `tensors`."""
+    stored = {r: tensors.pop(f"{prefix}.{r}") for r in ROLES if f"{prefix}.{r}" in tensors}
+    rotation = Rotation(int(entry["rotation"]["seed"]), int(entry["rotation"]["block"]))
+    return from_tensors(stored, n, k, int(entry["group"]), rotation)
+
+
+def _correction(
+    holder: str, site: Site, entry: Mapping[str, Any] | None, tensors: dict[str, Tensor]
+) -> Correction | None:
+    if entry is None:
+        return None
+    a, b = (f"{holder}.{name}" for name in FACTORS)
+    rank, plain = int(entry["rank"]), {**entry, "rotation": {"seed": 0, "block": 1}}
+    return Correction(
+        _packed(a, rank, site.k, entry, tensors), _packed(b, rank, site.n, plain, tensors)
+    )
 
 
 def _factors(

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lowra.compiler.correction import Correction
 from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.program import Program, Site
 from lowra.compiler.storage import PackedWeight
@@ -28,7 +29,7 @@ def build_module_view(model: nn.Module, program: Program) -> nn.Module:
         packed = program.fact(site.name, Packed).weight
         adapter = program.find(site.name, Adapter)
         factors = None if adapter is None else (adapter.lora_a, adapter.lora_b, adapter.scaling)
-        place(view, site, packed, factors, site.dtype)
+        place(view, site, packed, factors, site.dtype, program.find(site.name, Correction))
     return view
 
 
@@ -44,14 +45,14 @@ def shallow_copy(model: nn.Module) -> nn.Module:
 
 def place(
     model: nn.Module, site: Site, packed: PackedWeight, factors: AdapterFactors | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, correction: Correction | None = None,
 ) -> None:  # fmt: skip
     """Put quantized layers in place of the modules of a site (and of embeddings tied to it)."""
     first: QuantizedLinear | None = None
     for name in site.modules:
         old = model.get_submodule(name)
         bias = cast("nn.Parameter | None", getattr(old, "bias", None))
-        new = QuantizedLinear(packed, bias, dtype, factors)
+        new = QuantizedLinear(packed, bias, dtype, factors, correction)
         if first is not None:
             new.lora_A, new.lora_B = first.lora_A, first.lora_B
         first = new
@@ -59,7 +60,8 @@ def place(
         _replace(model, name, new)
     for name in site.embeddings:
         old = cast("nn.Embedding", model.get_submodule(name))
-        _replace(model, name, QuantizedEmbedding(packed, dtype, old).train(old.training))
+        new = QuantizedEmbedding(packed, dtype, old, correction)
+        _replace(model, name, new.train(old.training))
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

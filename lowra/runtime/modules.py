@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowra.compiler.correction import FACTORS, Correction
 from lowra.compiler.storage import PackedWeight, panels_of, row_order, unpack_nibbles
 
 
@@ -17,6 +18,8 @@ class QuantizedModule(nn.Module):
 
     Buffers `codes`, `codebooks`, `scales` and `row_widths` are the stored tensors; the row order is
     derived from the widths and not stored. Only the compute dtype follows `.to(dtype)`.
+    A frozen low-rank correction is two more packed weights, `correction_A` [r, k] and
+    `correction_B` [r, n]; `weight` includes it.
     """
 
     KEEP_DTYPE = ("codebooks", "scales")
@@ -26,8 +29,12 @@ class QuantizedModule(nn.Module):
     row_widths: Tensor
     order: Tensor
     compute: Tensor
+    correction_A: QuantizedModule | None
+    correction_B: QuantizedModule | None
 
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: PackedWeight, dtype: torch.dtype, correction: Correction | None = None
+    ) -> None:
         super().__init__()
         self.n, self.k = weight.n, weight.k
         self.group, self.rotation = weight.group, weight.rotation
@@ -39,6 +46,10 @@ class QuantizedModule(nn.Module):
         self.register_buffer("order", weight.order, persistent=False)
         self.register_buffer("compute", torch.empty(0, dtype=dtype), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
+        factors = {} if correction is None else correction.factors()
+        for name in FACTORS:
+            packed = factors.get(name)
+            self.add_module(name, None if packed is None else QuantizedModule(packed, dtype))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,8 +58,26 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [n, k], dequantized anew on every access."""
-        return torch.ops.lowra.dequantize(*self.packed(), self.dtype)
+        """The dense weight [n, k], correction included, dequantized anew on every access."""
+        base = torch.ops.lowra.dequantize(*self.packed(), self.dtype)
+        if self.correction_A is None or self.correction_B is None:
+            return base
+        return base + self.correction_B.weight.T @ self.correction_A.weight
+
+    @property
+    def correction(self) -> Correction | None:
+        """The correction this layer holds, if any; shares its tensors."""
+        if self.correction_A is None or self.correction_B is None:
+            return None
+        return Correction(self.correction_A.stored(), self.correction_B.stored())
+
+    def corrected(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + C x for inputs x [..., k] and what the packed weight makes of them, y [..., n]."""
+        if self.correction_A is None or self.correction_B is None:
+            return y
+        low = torch.ops.lowra.quantized_linear(x, *self.correction_A.packed(), None)
+        table = torch.ops.lowra.dequantize(*self.correction_B.packed(), x.dtype)
+        return y + low @ table
 
     def packed(self) -> tuple[Any, ...]:
         """The packed arguments of the `lowra::` ops."""
@@ -59,7 +88,7 @@ class QuantizedModule(nn.Module):
         )  # fmt: skip
 
     def stored(self) -> PackedWeight:
-        """The packed weight this layer holds; shares its tensors."""
+        """The packed weight this layer holds, without a correction; shares its tensors."""
         widths = unpack_nibbles(self.row_widths, self.n)
         return PackedWeight(
             self.n, self.k, widths, self.codes, self.codebooks, self.scales,
@@ -85,16 +114,17 @@ def _refresh(module: nn.Module, _incompatible: Any) -> None:
 
 
 class QuantizedLinear(QuantizedModule):
-    """A linear layer on a packed weight, with optional LoRA: y = x W' + bias + scaling B A x.
+    """A linear layer on a packed weight, with optional correction and LoRA:
+    y = W x + C x + bias + scaling B A x.
 
     `lora_A` [r, k] and `lora_B` [n, r] are the only parameters that require grad.
     """
 
     def __init__(
         self, weight: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype,
-        adapter: tuple[Tensor, Tensor, float] | None = None,
+        adapter: tuple[Tensor, Tensor, float] | None = None, correction: Correction | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(weight, dtype)
+        super().__init__(weight, dtype, correction)
         self.in_features, self.out_features = weight.k, weight.n
         self.bias = bias
         self.adapter_enabled = True
@@ -113,21 +143,28 @@ class QuantizedLinear(QuantizedModule):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.lora_A is None or not self.adapter_enabled:
-            return torch.ops.lowra.quantized_linear(x, *self.packed(), self.bias)
-        return torch.ops.lowra.quantized_linear_lora(
-            x, *self.packed(), self.bias, self.lora_A, self.lora_B, self.scaling
-        )
+            y = torch.ops.lowra.quantized_linear(x, *self.packed(), self.bias)
+        else:
+            y = torch.ops.lowra.quantized_linear_lora(
+                x, *self.packed(), self.bias, self.lora_A, self.lora_B, self.scaling
+            )
+        return self.corrected(x, y)
 
     def extra_repr(self) -> str:
-        bits = self.stored().stored_bits() / (self.n * self.k)
+        correction = self.correction
+        extra = 0 if correction is None else correction.stored_bits()
+        bits = (self.stored().stored_bits() + extra) / (self.n * self.k)
         return f"in_features={self.k}, out_features={self.n}, bits={bits:.3f}, rank={self.rank}"
 
 
 class QuantizedEmbedding(QuantizedModule):
     """An embedding on a packed weight, for one that is tied to a compressed output head."""
 
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype, source: nn.Embedding) -> None:
-        super().__init__(weight, dtype)
+    def __init__(
+        self, weight: PackedWeight, dtype: torch.dtype, source: nn.Embedding,
+        correction: Correction | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, dtype, correction)
         self.num_embeddings, self.embedding_dim = weight.n, weight.k
         self.padding_idx = source.padding_idx
         # Some models multiply what their embedding returns (BART, Gemma).

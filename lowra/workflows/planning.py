@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lowra.compiler.correction import correction_bits
 from lowra.compiler.errors import BudgetError
 from lowra.compiler.facts import AdapterRank, Packed, Precision
 from lowra.compiler.program import Program, Site, select
@@ -157,6 +158,7 @@ def site_total(
         return site.weights * width
     lora = 16 * recipe.fixed_rank * (site.n + site.k) if recipe.count_adapters else 0
     beside = site_bits(site.n, widths, shared)
+    beside += correction_bits(site.n, site.k, recipe.correction_rank, recipe.correction_bits)
     return site.n * row_bits(site.k, width, group, shared) + beside + lora
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lowra.compiler.correction import Correction
 from lowra.compiler.facts import Adapter, Assigned, Packed, Statistics
 from lowra.compiler.program import Program, Site
 from lowra.compiler.storage import PackedWeight
@@ -17,8 +18,9 @@ from lowra.compiler.storage import PackedWeight
 def make_report(program: Program, stages: Mapping[str, float], seconds: float) -> dict[str, Any]:
     """Totals, a row per site, what was skipped and why, seconds per pass.
 
-    Bits are per weight. `error` is the relative output error tr(E G E') / tr(W G W') of the base
-    alone, `error_with_adapter` with LoRA; both in plain weight norm for a data-free compile.
+    Bits are per weight and include corrections; `correction_bits` says how much of them. `error` is
+    the relative output error tr(E G E') / tr(W G W') of the base alone, correction included,
+    `error_with_adapter` with LoRA; both in plain weight norm for a data-free compile.
     """
     sites = [_site_row(program, site) for site in program.sites]
     tokens = max((program.fact(s.name, Statistics).tokens for s in program.sites), default=0)
@@ -75,13 +77,18 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
     packed = program.fact(site.name, Packed)
     adapter = program.find(site.name, Adapter)
     assigned = program.find(site.name, Assigned)
+    correction = program.find(site.name, Correction)
+    beside = 0 if correction is None else correction.stored_bits()
+    stored = packed.weight.stored_bits() + beside
     return {
         "name": site.name,
         "shape": [site.n, site.k],
         "rows": {str(width): rows for width, rows in packed.weight.panels},
-        "stored_bits": packed.weight.stored_bits() / site.weights,
+        "stored_bits": stored / site.weights,
+        "correction_bits": beside / site.weights,
+        "correction_rank": 0 if correction is None else correction.rank,
         "code_bits": packed.weight.code_bits() / site.weights,
-        "bytes": packed.weight.stored_bits() // 8,
+        "bytes": stored // 8,
         "error": packed.error,
         "error_with_adapter": None if adapter is None else adapter.error,
         "rank": 0 if adapter is None else adapter.rank,
@@ -94,6 +101,7 @@ def _totals(program: Program, sites: list[dict[str, Any]]) -> dict[str, Any]:
     rows: Counter[str] = Counter()
     for site in sites:
         rows.update(site["rows"])
+    corrections = [program.find(site.name, Correction) for site in program.sites]
     adapters = [program.find(site.name, Adapter) for site in program.sites]
     adapter = sum(16 * (a.lora_a.numel() + a.lora_b.numel()) for a in adapters if a is not None)
     return {
@@ -101,6 +109,7 @@ def _totals(program: Program, sites: list[dict[str, Any]]) -> dict[str, Any]:
         "weights": weights,
         "stored_bits": sum(8 * site["bytes"] for site in sites) / weights,
         "code_bits": sum(_weight(program, s).code_bits() for s in program.sites) / weights,
+        "correction_bits": sum(c.stored_bits() for c in corrections if c is not None) / weights,
         "adapter_bits": adapter / weights,
         "bytes": sum(site["bytes"] for site in sites),
         "rows": {width: rows[width] for width in sorted(rows)},
