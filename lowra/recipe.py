@@ -31,7 +31,7 @@ RANKS = (0, 4, 8, 16, 32)
 """LoRA ranks that rank="auto" chooses from."""
 
 UNITS = ("row", "layer", "siblings")
-INITS = ("closed-form", "alternate", "loftq", "zero")
+INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class Recipe:
         for one for all sites that read one input (q/k/v, gate/up), as fused kernels want.
     rotation: input-side randomised Hadamard transform. group: columns per scale, -1 one scale per
         row, 0 none. shared_codebooks: one codebook per site and width instead of one per row.
-    rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "alternate"
-        (the closed form and the base in turn), "loftq" or "zero". rank "auto" chooses 0, 4, 8, 16
-        or 32 per site, paid from the budget in competition with row widths (see
-        lowra/passes/rank_options.py).
+    rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "two-sided"
+        (rows weighted by sensitivity), "alternate" (the base quantized anew in turn), "loftq" or
+        "zero". rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition
+        with row widths (see lowra/passes/rank_options.py).
     correction_rank, correction_bits: a frozen low-rank correction beside every packed weight, its
         factors at 4 or 8 bits per value; counted in stored bits. Rank 0 for none.
     count_adapters: LoRA factors, at 16 bit, count towards the budget.

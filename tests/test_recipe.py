@@ -92,6 +92,10 @@ def test_a_budget_that_no_model_can_meet_is_refused_with_what_is_usual(budget: f
         ("rotation", "yes", "rotation='yes' must be true or false"),
         ("shared_codebooks", "no", "shared_codebooks='no' must be true or false"),
         ("count_adapters", "no", "count_adapters='no' must be true or false"),
+        ("correction_rank", -1, "correction_rank=-1 must be a whole number of 0 or more"),
+        ("correction_rank", 2.0, "correction_rank=2.0 must be a whole number of 0 or more"),
+        ("correction_bits", 3, "correction_bits=3 must be 4 or 8"),
+        ("correction_bits", "4", "correction_bits='4' must be 4 or 8"),
         ("alpha", "16", "alpha='16' must be a positive number"),
     ],
 )
@@ -136,6 +140,7 @@ def test_shared_codebooks_without_scales_are_refused() -> None:
         {"group": 0},
         {"shared_codebooks": True},
         {"count_adapters": True},
+        {"correction_rank": 4},
     ],
     ids=str,
 )
@@ -165,6 +170,8 @@ FULL = Recipe(
     alpha=12.5,
     init="loftq",
     count_adapters=True,
+    correction_rank=4,
+    correction_bits=8,
     include="lm_head",
     ignore=["*.down_proj", "re:layers\\.0\\."],  # pyright: ignore
     pins={"*.v_proj": 4},
@@ -227,8 +234,10 @@ def test_every_option_arrives_in_the_pipeline() -> None:
         "normalize-linears{include=lm_head ignore=*.down_proj,re:layers\\.0\\.} "
         "rotate-inputs{seed=7 enabled=false} collect-statistics measure-sensitivity "
         "fit-codebooks{widths=1,2,4 group=64 shared=false} "
-        "assign-precision{budget=2.25 unit=layer pins=*.v_proj=4 adapter_rank=8} "
-        "quantize-weights initialize-adapters{rank=8 alpha=12.5 rule=loftq seed=7} "
+        "assign-precision{budget=2.25 unit=layer pins=*.v_proj=4 adapter_rank=8 "
+        "correction_rank=4 correction_bits=8} "
+        "quantize-weights correct-weights{rank=4 bits=8} "
+        "initialize-adapters{rank=8 alpha=12.5 rule=loftq seed=7} "
         "rewrite-linears"
     )
 

@@ -18,7 +18,7 @@ from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.correct_weights import requantized
 from lowra.passes.feedback import scale_index
-from lowra.passes.low_rank import Factors, alternate, closed_form
+from lowra.passes.low_rank import Factors, alternate, closed_form, two_sided
 from lowra.passes.moments import MomentsReader, output_error
 from lowra.passes.quantizer import quantize
 
@@ -29,6 +29,9 @@ class InitializeAdapters(Pass):
 
     rule "closed-form": the rank-r minimum of E|(E - BA) x|^2, from the singular vectors of E L
     with Gram = L L' (QERA, arXiv 2410.06040; CLoQ, arXiv 2501.18475).
+    rule "two-sided": the closed form with each output row weighted by its sensitivity D, from the
+    singular vectors of D^1/2 E L: the least rise of the model's loss rather than of the output
+    error. Where no sensitivities were measured it is the closed form.
     rule "alternate": the closed form, then `rounds` times Q anew for W - BA and the closed form of
     what is left, while the output error with the adapter falls. The packed weights change with it:
     they are made for this adapter, and alone are worse than before.
@@ -85,6 +88,8 @@ class InitializeAdapters(Pass):
                 residual = weight - split.base.dequantize()
                 error = output_error(residual, gram) / energy
                 packed = replace(packed, weight=split.base, error=error)
+        elif self.rule == "two-sided":
+            b, a = two_sided(residual, gram, _row_weights(program, site), rank)
         elif self.rule == "zero":
             b, a = _zero_start(site, rank, self.seed + position)
         else:
@@ -107,6 +112,12 @@ class InitializeAdapters(Pass):
             base = quantize(target, None, fresh, widths, rotation)
             b, a = closed_form(weight - base.dequantize(), identity, rank)
         return base, b, a
+
+
+def _row_weights(program: Program, site: Site) -> Tensor:
+    """Sensitivities [n] of a site's rows, or ones."""
+    found = program.fact(site.name, Statistics).sensitivity
+    return torch.ones(site.n) if found is None else found.load()
 
 
 def _closed_factors(error: Tensor, gram: Tensor, rank: int) -> Factors:

@@ -102,6 +102,21 @@ def closed_form(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]
     return (u * (root * live)).float(), (coefficients / root[:, None] * live[:, None]).float()
 
 
+LEAST_WEIGHT = 1e-3
+"""Of the mean: what a row counts at least, so that rows the loss never saw keep finite factors."""
+
+
+def two_sided(error: Tensor, gram: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B [n, r], A [r, k] minimising sum_j rows_j e_j G e_j' for E - BA, with rows [n] >= 0.
+
+    The closed form of D^1/2 E with D = diag(rows), and D^-1/2 taken back out of B.
+    """
+    mean = float(rows.double().mean()) or 1.0
+    root = rows.double().clamp_min(LEAST_WEIGHT * mean).div(mean).sqrt().float().unsqueeze(1)
+    b, a = closed_form(error * root, gram, rank)
+    return b / root, a
+
+
 def _largest(square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues [r] and eigenvectors [k, r] of a symmetric float64 [k, k].
 

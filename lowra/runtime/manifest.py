@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowra.compiler.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "lowra.json"
 KEYS = {"buffers", "checksum", "sites", "checksums", "fingerprint", "recipe", "plan", "report"}
 

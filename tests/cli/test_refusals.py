@@ -170,7 +170,7 @@ def test_a_manifest_without_its_tables(refused, broken, dense):
         edited["checksum"] = manifest_checksum(edited)
         (broken / "lowra.json").write_text(json.dumps(edited))
         refused(6, "broken report", "inspect", broken)
-    (broken / "lowra.json").write_text('{"format_version": 1}')
+    (broken / "lowra.json").write_text('{"format_version": 2}')
     refused(6, "write the checkpoint again", "inspect", broken)
     refused(6, "not a lowra checkpoint", "inspect", dense)
 

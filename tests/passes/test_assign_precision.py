@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowra.compiler.correction import Correction, correction_bits
 from lowra.compiler.errors import BudgetError, LowraError, PatternError, RecipeError
 from lowra.compiler.facts import Assigned, Codebooks, Packed, Precision
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
-from lowra.passes import AssignPrecision, FitCodebooks, QuantizeWeights
+from lowra.passes import AssignPrecision, CorrectWeights, FitCodebooks, QuantizeWeights
 from tests.passes.site_programs import compiled, site_program, two_sites, with_losses
 
 WIDTHS = (1, 2, 3, 4)
@@ -162,6 +163,27 @@ def test_adapters_are_charged_to_the_budget_when_counted() -> None:
     bits = stored_bits(run_pipeline(counted, (QuantizeWeights(feedback=False),)))
     assert bits + lora <= budget * total
     assert sum(widths_of(counted, "down")) < sum(widths_of(free, "down"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_corrections_are_charged_to_the_bit(bits: int) -> None:
+    """What rows may take is the budget less what corrections store, whatever the budget."""
+    sites = planned(AssignPrecision(5.0)).sites
+    plain = AssignPrecision(5.0).row_budget(sites, WIDTHS, True)
+    step = AssignPrecision(5.0, correction_rank=2, correction_bits=bits)
+    stored = sum(correction_bits(site.n, site.k, 2, bits) for site in sites)
+    assert step.row_budget(sites, WIDTHS, True) == plain - stored
+    fitted = compiled((FitCodebooks(WIDTHS, -1, True),))
+    total = sum(site.weights for site in fitted.sites)
+    for budget in (8.5, 7.0):
+        step = AssignPrecision(budget, correction_rank=2, correction_bits=bits)
+        try:
+            done = run_pipeline(fitted, (step, QuantizeWeights(), CorrectWeights(2, bits)))
+        except BudgetError:
+            assert bits == 8
+            continue
+        beside = sum(done.fact(s.name, Correction).stored_bits() for s in done.sites)
+        assert stored_bits(done) + beside <= budget * total
 
 
 @pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 3.3, 4.0])

@@ -92,7 +92,7 @@ def test_degenerate_errors_have_finite_factors(n: int, k: int, what: str) -> Non
         torch.testing.assert_close(b @ a, error, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["closed-form", "alternate", "loftq", "zero"])
+@pytest.mark.parametrize("rule", ["closed-form", "two-sided", "alternate", "loftq", "zero"])
 def test_errors_stated_are_those_of_base_and_base_plus_adapter(rule: str) -> None:
     weights, grams = two_sites()
     program = adapted(InitializeAdapters(3, 8.0, rule))
@@ -151,7 +151,7 @@ def test_zero_start_adds_nothing_and_is_seeded() -> None:
     assert not torch.equal(up[:, :48], down[:, :48])
 
 
-@pytest.mark.parametrize("rule", ["closed-form", "alternate", "loftq", "zero"])
+@pytest.mark.parametrize("rule", ["closed-form", "two-sided", "alternate", "loftq", "zero"])
 def test_a_rank_larger_than_the_weight_is_clipped(rule: str) -> None:
     program = adapted(InitializeAdapters(500, 250.0, rule))
     for site in program.sites:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import lowra.backends.reference  # noqa: F401 - the ops get their meaning
 from lowra.compiler.storage import ROW_SCALES, PackedWeight, pack_weight
-from lowra.passes.low_rank import Factors, alternate, closed_form
+from lowra.passes.feedback import DAMPING
+from lowra.passes.low_rank import Factors, alternate, closed_form, two_sided
 from tests.passes.site_programs import correlated_gram, output_loss
 
 
@@ -70,3 +71,36 @@ def test_alternation_helps_on_a_case_where_it_can() -> None:
 
     once, more = (alternate(weight, gram, rounded(weight), fit, rounded, r) for r in (0, 3))
     assert more.error < 0.8 * once.error
+
+
+@pytest.mark.parametrize(("n", "k"), [(10, 24), (24, 10)])
+def test_the_two_sided_form_is_the_optimum_of_a_dense_svd(n: int, k: int) -> None:
+    """Against a float64 SVD of D^1/2 E G^1/2, G damped as the closed form damps it."""
+    error, gram, rows = torch.randn(n, k), correlated_gram(k), torch.rand(n) ** 3 + 0.01
+    damped = gram.double() + torch.eye(k) * DAMPING * gram.diagonal().mean()
+    values, vectors = torch.linalg.eigh(damped)
+    right = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    left = torch.diag(rows.double().sqrt())
+    u, s, vh = torch.linalg.svd(left @ error.double() @ right)
+    best = torch.linalg.inv(left) @ (u[:, :3] * s[:3]) @ vh[:3] @ torch.linalg.inv(right)
+    b, a = two_sided(error, gram, rows, 3)
+    torch.testing.assert_close(b.double() @ a.double(), best, rtol=1e-3, atol=1e-4)
+    weighted = [
+        output_loss(rows.sqrt().unsqueeze(1) * (error - x @ y), gram)
+        for x, y in ((b, a), closed_form(error, gram, 3))
+    ]
+    assert weighted[0] < weighted[1]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "one row alone", "all alike"])
+def test_row_weights_may_be_degenerate(kind: str) -> None:
+    error, gram, rows = torch.randn(8, 16), correlated_gram(16), torch.zeros(8)
+    if kind == "one row alone":
+        rows[3] = 1.0
+    if kind == "all alike":
+        rows = torch.full((8,), 1e-9)
+    b, a = two_sided(error, gram, rows, 2)
+    assert bool(torch.isfinite(b).all()) and bool(torch.isfinite(a).all())
+    if kind != "one row alone":
+        x, y = closed_form(error, gram, 2)
+        torch.testing.assert_close(b @ a, x @ y, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowra.compiler.capture import capture
+from lowra.compiler.correction import Correction
 from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.printer import print_program
@@ -16,6 +17,7 @@ from lowra.compiler.program import Program
 from lowra.passes import (
     AssignPrecision,
     CollectStatistics,
+    CorrectWeights,
     FitCodebooks,
     InitializeAdapters,
     NormalizeLinears,
@@ -41,6 +43,8 @@ def dense_model(model: nn.Module, program: Program) -> nn.Module:
     with torch.no_grad():
         for site in program.sites:
             weight = program.fact(site.name, Packed).weight.dequantize()
+            if correction := program.find(site.name, Correction):
+                weight = weight + correction.product()
             if adapter := program.find(site.name, Adapter):
                 weight = weight + adapter.scaling * adapter.lora_b @ adapter.lora_a
             dense = dict(model.named_parameters())[site.weight]
@@ -66,6 +70,19 @@ def test_rewritten_program_equals_the_dense_weights_with_lora() -> None:
     done = compiled_from(program, FULL)
     assert ops_of(done) == [OPS.quantized_linear_lora.default] * 2
     torch.testing.assert_close(done.module()(x), dense_model(model, done)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_corrected_program_reads_both_factors_and_equals_its_dense_self(
+    golden: GoldenFile,
+) -> None:
+    model, program = three_products()
+    steps = (*PACK, CorrectWeights(rank=2, rounds=0), *FULL[-2:])
+    done = compiled_from(program, steps)
+    linear = [OPS.quantized_linear_lora.default, OPS.quantized_linear.default]
+    assert ops_of(done) == [*linear, OPS.dequantize.default] * 2
+    x = arithmetic(9, 32)
+    torch.testing.assert_close(done.module()(x), dense_model(model, done)(x), rtol=1e-4, atol=1e-4)
+    golden.check(print_program(done))
 
 
 def test_dense_weights_are_gone_and_what_is_read_is_held() -> None:
