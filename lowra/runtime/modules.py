@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowra.compiler.correction import FACTORS, Correction
+from lowra.compiler.correction import Correction
 from lowra.compiler.storage import PackedWeight, panels_of, row_order, unpack_nibbles
 
 
@@ -46,10 +46,10 @@ class QuantizedModule(nn.Module):
         self.register_buffer("order", weight.order, persistent=False)
         self.register_buffer("compute", torch.empty(0, dtype=dtype), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
-        factors = {} if correction is None else correction.factors()
-        for name in FACTORS:
-            packed = factors.get(name)
-            self.add_module(name, None if packed is None else QuantizedModule(packed, dtype))
+        self.correction_A = self.correction_B = None
+        if correction is not None:
+            self.correction_A = QuantizedModule(correction.a, dtype)
+            self.correction_B = QuantizedModule(correction.b, dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from lowra.compiler.correction import Correction
 from lowra.compiler.errors import PipelineError, WeightError
 from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
 from lowra.compiler.pipeline import Pass, parse_pipeline, print_pipeline, run_pipeline
@@ -223,7 +224,7 @@ def test_a_pass_that_breaks_a_site_is_named() -> None:
 
 
 def test_every_pass_declares_facts_as_types() -> None:
-    known = {Statistics, Codebooks, Precision, Packed, Adapter, Rotation}
+    known = {Statistics, Codebooks, Precision, Packed, Correction, Adapter, Rotation}
     for kind in PASSES:
         assert set(kind.reads) | set(kind.writes) <= known
     assert InitializeAdapters.writes == (Adapter, Packed)
