@@ -25,6 +25,7 @@ from lowra.passes import (
     RotateInputs,
 )
 from lowra.passes.correct_weights import CORRECTION_BITS
+from lowra.passes.paper_mappings import AVERAGES
 
 PRESETS = ("default", "lowra")
 RANKS = (0, 4, 8, 16, 32)
@@ -32,6 +33,7 @@ RANKS = (0, 4, 8, 16, 32)
 
 UNITS = ("row", "layer", "siblings")
 INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
+MAPPINGS = ("kept", "relearned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class Recipe:
         with row widths (see lowra/passes/rank_options.py).
     correction_rank, correction_bits: a frozen low-rank correction beside every packed weight, its
         factors at 4 or 8 bits per value; counted in stored bits. Rank 0 for none.
+    threshold_average: (preset "lowra") what the paper's thresholds are averaged over, which its
+        text leaves open: "iterations" (the default), "channels" or "none".
+    loftq_mappings: (preset "lowra") its mappings and thresholds are "kept" over LoftQ's
+        alternations (the default) or "relearned" in each.
     count_adapters: LoRA factors, at 16 bit, count towards the budget.
     include, ignore: patterns (globs, or regular expressions after `re:`) of weights compressed
         although skipped by default (the head), or left alone. pins: {pattern: width}.
@@ -72,6 +78,8 @@ class Recipe:
     rank: int | str = 16
     alpha: float | None = None
     init: str | None = None
+    threshold_average: str | None = None
+    loftq_mappings: str | None = None
     count_adapters: bool = False
     correction_rank: int = 0
     correction_bits: int = 4
@@ -86,8 +94,11 @@ class Recipe:
         _check_budget(self.bit_budget)
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("unit", self.unit, UNITS)
-        if self.init is not None:
-            _check_choice("init", self.init, INITS)
+        for name, choices in (
+            ("init", INITS), ("threshold_average", AVERAGES), ("loftq_mappings", MAPPINGS),
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), choices)
         self._check_auto_rank()
         for name in ("rank", "correction_rank", "seed", "calibration_tokens", "context"):
             least = 1 if name in ("calibration_tokens", "context") else 0
@@ -143,6 +154,9 @@ class Recipe:
             "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
             "correction_rank": self.correction_rank > 0,
         }  # fmt: skip
+        for name in ("threshold_average", "loftq_mappings"):
+            if not self.is_paper and getattr(self, name) is not None:
+                raise RecipeError(f"{name}={getattr(self, name)!r} needs preset='lowra'")
         changed = [name for name, differs in fixed.items() if differs]
         if self.is_paper and changed:
             raise RecipeError(
@@ -219,12 +233,13 @@ class Recipe:
         rotation = (not self.is_paper) if self.rotation is None else self.rotation
         rule = "paper" if self.is_paper else "default"
         init = self.init or ("loftq" if self.is_paper else "closed-form")
+        average = self.threshold_average or AVERAGES[0]
         steps: list[Pass] = [
             NormalizeLinears(include=self.include, ignore=self.ignore),
             RotateInputs(seed=self.seed, enabled=rotation),
             CollectStatistics(),
             *(() if self.is_paper else (MeasureSensitivity(),)),
-            FitCodebooks(widths=self.candidate_widths, group=group, shared=shared, rule=rule),
+            FitCodebooks(self.candidate_widths, group, shared, rule, average),
             self._replay() if replay else self.assignment(),
             QuantizeWeights(feedback=not self.is_paper),
         ]
@@ -232,7 +247,13 @@ class Recipe:
             steps.append(CorrectWeights(rank=self.correction_rank, bits=self.correction_bits))
         if rank := self.largest_rank:
             alpha = float(rank if self.alpha is None else self.alpha)
-            steps.append(InitializeAdapters(rank=rank, alpha=alpha, rule=init, seed=self.seed))
+            relearn = self.loftq_mappings == "relearned"
+            steps.append(
+                InitializeAdapters(
+                    rank=rank, alpha=alpha, rule=init, seed=self.seed, relearn=relearn,
+                    threshold_average=average,
+                )
+            )  # fmt: skip
         return (*steps, RewriteLinears())
 
     def assignment(self) -> AssignPrecision:

@@ -315,3 +315,15 @@ def test_the_layout_follows_preset_and_group(
 def test_only_the_paper_looks_at_no_activations() -> None:
     assert Recipe(bit_budget=2, preset="lowra").data_free
     assert not Recipe(bit_budget=2).data_free
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("threshold_average", "channels"), ("loftq_mappings", "relearned")]
+)
+def test_readings_of_the_paper_belong_to_its_preset(name: str, value: str) -> None:
+    steps = str(Recipe(bit_budget=2.0, preset="lowra", **{name: value}).passes())
+    assert steps != str(Recipe(bit_budget=2.0, preset="lowra").passes())
+    with pytest.raises(RecipeError, match=f"{name}='{value}' needs preset='lowra'"):
+        Recipe(bit_budget=2.0, **{name: value})
+    with pytest.raises(RecipeError, match=f"{name}='other' is unknown"):
+        Recipe(bit_budget=2.0, preset="lowra", **{name: "other"})

@@ -58,6 +58,8 @@ class Codebooks:
     levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; ascending.
     scales[b]: float32 [n, groups] or None where the levels carry the scale.
     absmax: scales are the largest magnitude of their group, and follow the weight (QLoRA, LowRA).
+    thresholds[b]: float32 [n, 2^b - 1], ascending: plain rounding sends values between two of them
+        to one level. None for the middles between levels. Not stored: codes and levels suffice.
     loss: float64 [n, len(widths)], expected cost of rounding the row (see fit-codebooks).
     """
 
@@ -68,6 +70,7 @@ class Codebooks:
     group: int
     shared: bool
     absmax: bool = False
+    thresholds: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)

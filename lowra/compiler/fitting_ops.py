@@ -10,6 +10,9 @@ kernel for them. Rows are independent of each other, so results do not depend on
     lloyd_shared    the same with starts [L]: one codebook for all rows and a scale per row, refit
                     in turn, each in closed form -> levels float64 [L], and the losses
     lloyd_scales    fixed levels [L] of several widths -> scales and losses, float64 [n, widths]
+    optimal_levels  values, weights as above -> for each of `counts` levels float64 [n, L]: the best
+                    codebook among those whose borders are some of 128 candidates, evenly spread
+                    over the values' ranks and sizes; every border where a row has fewer values
     feedback_codes  weight [n, k] in the order in which columns are rounded, upper [k, k] (Factor),
                     tables [n, L] ascending and filled up with +inf, scales [n, groups] without
                     zeros or None, columns int64 [k] the scale of each column -> codes uint8 [n, k]
@@ -28,6 +31,7 @@ _LLOYD = "Tensor values, Tensor weights, Tensor[] starts, int iterations, float 
 LIBRARY.define(f"lloyd_rows({_LLOYD}) -> Tensor[]")
 LIBRARY.define(f"lloyd_shared({_LLOYD}) -> Tensor[]")
 LIBRARY.define(f"lloyd_scales({_LLOYD}) -> (Tensor, Tensor)")
+LIBRARY.define("optimal_levels(Tensor values, Tensor weights, int[] counts) -> Tensor[]")
 _TABLES = "Tensor tables, Tensor? scales, Tensor columns"
 LIBRARY.define(f"feedback_codes(Tensor weight, Tensor upper, {_TABLES}) -> Tensor")
 LIBRARY.define(

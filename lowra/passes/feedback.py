@@ -80,11 +80,19 @@ def scale_index(k: int, group: int) -> Tensor:
     return torch.arange(k) // (k if group in (NO_SCALES, ROW_SCALES) else group)
 
 
-def nearest_codes(weight: Tensor, tables: Tensor, scales: Tensor | None, group: int) -> Tensor:
-    """Codes int64 [n, k] of the nearest level, each weight on its own."""
+def nearest_codes(
+    weight: Tensor, tables: Tensor, scales: Tensor | None, group: int,
+    thresholds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Codes int64 [n, k] of the nearest level, each weight on its own.
+
+    `thresholds` [n, L - 1], filled with +inf, stand for the middles between levels where given; a
+    value on a threshold goes below it.
+    """
     if scales is not None:
         weight = weight / _safe(scales)[:, scale_index(weight.shape[1], group)]
-    return torch.searchsorted(thresholds_of(tables).contiguous(), weight.contiguous())
+    borders = thresholds_of(tables) if thresholds is None else thresholds
+    return torch.searchsorted(borders.contiguous(), weight.contiguous())
 
 
 def feedback_codes(

@@ -15,10 +15,11 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
-from lowra.passes.feedback import feedback_codes, scale_index
-from lowra.passes.lloyd import Fit, fit_rows, fit_shared, gaussian_levels, normal_float
+from lowra.passes.feedback import feedback_codes, nearest_codes, scale_index
+from lowra.passes.lloyd import Fit, fit_rows_globally, fit_shared, gaussian_levels
 from lowra.passes.moments import InputMoments, MomentsReader, output_error
-from lowra.passes.quantizer import row_tables
+from lowra.passes.paper_mappings import block_absmax, learn_mapping
+from lowra.passes.quantizer import Rounded, row_tables
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""
@@ -33,7 +34,8 @@ class FitCodebooks(Pass):
     rule "default": Lloyd to convergence, each column weighted by its conditional input variance
     (what a rounding error costs under error feedback), codebooks and group scales refit in turn.
     rule "paper": LowRA (ICML 2025, section 5): absmax scales, start at NormalFloat, weight absmax,
-    2 iterations, blind to inputs.
+    2 iterations, blind to inputs; `threshold_average` says what its thresholds are averaged over
+    (see `learn_mapping`).
     `loss` is the expected rise of the model's loss where sensitivities are known, else the share of
     the site's output energy that is lost ("paper": squared weight error, as its section 6 counts).
     """
@@ -45,6 +47,7 @@ class FitCodebooks(Pass):
     group: int = ROW_SCALES
     shared: bool = True
     rule: str = "default"
+    threshold_average: str = "iterations"
 
     def run(self, program: Program) -> Program:
         if self.group == NO_SCALES and (self.shared or self.rule == "paper"):
@@ -65,10 +68,11 @@ class FitCodebooks(Pass):
         key = (repr(self), program.fingerprint, rotation, *sources, site.name)
         stored = program.spill.tensors(key, lambda: _flat(self._fit(program, site, moments)))
         scales = {b: stored[f"scales.{b}"] for b in self.widths if f"scales.{b}" in stored}
+        borders = {b: stored[f"thresholds.{b}"] for b in self.widths if f"thresholds.{b}" in stored}
         return Codebooks(
             self.widths, {b: stored[f"levels.{b}"] for b in self.widths}, scales or None,
             stored["loss"], self.group, self.shared and self.rule != "paper",
-            absmax=self.rule == "paper",
+            absmax=self.rule == "paper", thresholds=borders or None,
         )  # fmt: skip
 
     def _fit(self, program: Program, site: Site, reader: MomentsReader) -> Codebooks:
@@ -113,7 +117,9 @@ class FitCodebooks(Pass):
             return fit_shared(values, weights, starts)
         mass = weights.double().expand_as(values).sum(1, keepdim=True).clamp_min(1e-300)
         energy = (values.double() ** 2 * weights).sum(1, keepdim=True)
-        return fit_rows(values, weights, [start * (energy / mass).sqrt() for start in starts])
+        return fit_rows_globally(
+            values, weights, [start * (energy / mass).sqrt() for start in starts]
+        )
 
     def _with_scales(
         self, fit: Fit, weight: Tensor, variance: Tensor, scales: Tensor
@@ -139,43 +145,45 @@ class FitCodebooks(Pass):
             below = torch.zeros_like(scales).index_add_(1, index, variance * value**2)
             new = torch.where(below > 0, above / below.clamp_min(1e-30), best[1]).clamp_min(1e-12)
             values = _normalized(weight, variance, new, self.group)
-            fit = (fit_shared if self.shared else fit_rows)(*values, [best[0].levels])[0]
+            fit = (fit_shared if self.shared else fit_rows_globally)(*values, [best[0].levels])[0]
             if float(fit.loss.sum()) >= float(best[0].loss.sum()):
                 break
             best = fit, new * fit.scale.float().unsqueeze(1)
         return best
 
     def _paper(self, weight: Tensor) -> Codebooks:
-        index = scale_index(weight.shape[1], self.group)
-        groups = int(index[-1]) + 1
-        scales = torch.zeros(weight.shape[0], groups).scatter_reduce_(
-            1, index.expand_as(weight), weight.abs(), "amax"
-        )
-        safe = torch.where(scales == 0, 1.0, scales)
-        absmax = safe[:, index]
-        starts = [normal_float(width).expand(weight.shape[0], -1) for width in self.widths]
-        fits = fit_rows(weight / absmax, absmax, starts, iterations=2, tolerance=0.0)
-        levels: dict[int, Tensor] = {}
-        losses: list[Tensor] = []
-        for width, fit in zip(self.widths, fits, strict=True):
-            levels[width] = fit.levels.half().float()
-            table = levels[width]
-            middle = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-            value = (
-                table.gather(1, torch.searchsorted(middle, (weight / absmax).contiguous())) * absmax
-            )
-            losses.append(((weight - value).double() ** 2).mean(1))
-        stored = dict.fromkeys(self.widths, scales.half().float())
-        cost = torch.stack(losses, dim=1)
-        return Codebooks(self.widths, levels, stored, cost, self.group, shared=False, absmax=True)
+        return paper_codebooks(weight, self.widths, self.group, self.threshold_average)
+
+
+def paper_codebooks(
+    weight: Tensor, widths: tuple[int, ...], group: int, threshold_average: str
+) -> Codebooks:
+    """LowRA's mappings, thresholds and absmax scales of float32 [n, k], and each row's MSE."""
+    scales = block_absmax(weight, group)
+    absmax = torch.where(scales == 0, 1.0, scales)[:, scale_index(weight.shape[1], group)]
+    stored = scales.half().float()
+    levels: dict[int, Tensor] = {}
+    thresholds: dict[int, Tensor] = {}
+    losses: list[Tensor] = []
+    for width in widths:
+        mapping = learn_mapping(weight / absmax, absmax, width, threshold_average)
+        levels[width] = mapping.levels.half().float()
+        thresholds[width] = mapping.thresholds.float().contiguous()
+        codes = nearest_codes(weight, levels[width], stored, group, thresholds[width])
+        state = Rounded(codes, levels[width], stored, group)
+        losses.append(((weight - state.values()).double() ** 2).mean(1))
+    return Codebooks(
+        widths, levels, dict.fromkeys(widths, stored), torch.stack(losses, dim=1), group,
+        shared=False, absmax=True, thresholds=thresholds,
+    )  # fmt: skip
 
 
 def _flat(books: Codebooks) -> dict[str, Tensor]:
     """Codebooks as named tensors."""
     scales = {f"scales.{b}": scale.clone() for b, scale in (books.scales or {}).items()}
-    return (
-        {f"levels.{b}": table for b, table in books.levels.items()} | scales | {"loss": books.loss}
-    )
+    borders = {f"thresholds.{b}": table for b, table in (books.thresholds or {}).items()}
+    levels = {f"levels.{b}": table for b, table in books.levels.items()}
+    return levels | scales | borders | {"loss": books.loss}
 
 
 def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.correct_weights import requantized
-from lowra.passes.feedback import scale_index
+from lowra.passes.fit_codebooks import paper_codebooks
 from lowra.passes.low_rank import Factors, alternate, closed_form, two_sided
 from lowra.passes.moments import MomentsReader, output_error
+from lowra.passes.paper_mappings import block_absmax
 from lowra.passes.quantizer import quantize
 
 
@@ -36,7 +37,8 @@ class InitializeAdapters(Pass):
     what is left, while the output error with the adapter falls. The packed weights change with it:
     they are made for this adapter, and alone are worse than before.
     rule "loftq": LoftQ (arXiv 2310.08659): `iterations` times, SVD_r of W - Q, then Q requantized
-    from W - BA by rounding; the packed weights change with it.
+    from W - BA by rounding; the packed weights change with it. The paper's absmax scales follow
+    W - BA each time, its mappings and thresholds only under `relearn`, at `threshold_average`.
     rule "zero": B = 0 and A Gaussian, as plain LoRA starts.
     Where a site has a Correction C, W - C stands for W.
     """
@@ -50,6 +52,8 @@ class InitializeAdapters(Pass):
     iterations: int = 5
     rounds: int = 2
     seed: int = 0
+    relearn: bool = False
+    threshold_average: str = "iterations"
 
     def run(self, program: Program) -> Program:
         facts: dict[str, list[object]] = {}
@@ -108,10 +112,22 @@ class InitializeAdapters(Pass):
         b, a = closed_form(weight - base.dequantize(), identity, rank)
         for _ in range(self.iterations - 1):
             target = rotate(weight - b @ a, rotation)
-            fresh = _rescaled(books, target)
+            fresh = self._refreshed(books, target)
             base = quantize(target, None, fresh, widths, rotation)
             b, a = closed_form(weight - base.dequantize(), identity, rank)
         return base, b, a
+
+    def _refreshed(self, books: Codebooks, weight: Tensor) -> Codebooks:
+        """The paper's codebooks for another weight: absmax anew, and where asked mappings too.
+
+        Codebooks without absmax scales stay as they were fit.
+        """
+        if books.scales is None or not books.absmax:
+            return books
+        if self.relearn:
+            return paper_codebooks(weight, books.widths, books.group, self.threshold_average)
+        absmax = block_absmax(weight, books.group).half().float()
+        return replace(books, scales=dict.fromkeys(books.widths, absmax))
 
 
 def _row_weights(program: Program, site: Site) -> Tensor:
@@ -122,16 +138,6 @@ def _row_weights(program: Program, site: Site) -> Tensor:
 
 def _closed_factors(error: Tensor, gram: Tensor, rank: int) -> Factors:
     return Factors(*closed_form(error, gram, rank))
-
-
-def _rescaled(books: Codebooks, weight: Tensor) -> Codebooks:
-    """The codebooks with absmax scales taken anew from `weight`; others stay as they were fit."""
-    if books.scales is None or not books.absmax:
-        return books
-    index = scale_index(weight.shape[1], books.group)
-    absmax = torch.zeros(weight.shape[0], int(index[-1]) + 1)
-    absmax.scatter_reduce_(1, index.expand_as(weight), weight.abs(), "amax")
-    return replace(books, scales=dict.fromkeys(books.widths, absmax.half().float()))
 
 
 def _zero_start(site: Site, rank: int, seed: int) -> tuple[Tensor, Tensor]:

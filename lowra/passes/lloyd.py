@@ -22,6 +22,8 @@ NORMAL_FLOAT: dict[int, tuple[float, ...]] = {
 
 ITERATIONS = 200
 TOLERANCE = 1e-6
+WIDEST_OPTIMUM = 16
+"""Levels up to which a row's optimum is searched; beyond, Lloyd's local optima are near it."""
 SAMPLE_ROWS = 256
 """Rows that a shared codebook is learned from; its scales are fit to all rows."""
 
@@ -49,6 +51,32 @@ def fit_rows(
     )
     one = torch.ones(values.shape[0], dtype=torch.float64)
     return [Fit(table, one, loss[:, i]) for i, table in enumerate(levels)]
+
+
+def fit_rows_globally(
+    values: Tensor, weights: Tensor, starts: Sequence[Tensor],
+    iterations: int = ITERATIONS, tolerance: float = TOLERANCE,
+) -> list[Fit]:  # fmt: skip
+    """`fit_rows` from `starts` and from an optimum over candidate borders: the better per row.
+
+    Lloyd alone ends in local optima, at 8 levels for 400 weights 3 % above the best on average.
+    Tables wider than the candidates allow for keep their start.
+    """
+    counts = [start.shape[-1] for start in starts]
+    found = [i for i, count in enumerate(counts) if count <= WIDEST_OPTIMUM]
+    optima: list[Tensor] = []
+    if found:
+        optima = torch.ops.lowra.optimal_levels(values, weights, [counts[i] for i in found])
+    fits = fit_rows(values, weights, [*starts, *optima], iterations, tolerance)
+    for i, other in zip(found, fits[len(starts) :], strict=True):
+        fits[i] = _better(fits[i], other)
+    return fits[: len(starts)]
+
+
+def _better(one: Fit, other: Fit) -> Fit:
+    lower = other.loss < one.loss
+    levels = torch.where(lower.unsqueeze(1), other.levels, one.levels)
+    return Fit(levels, one.scale, torch.where(lower, other.loss, one.loss))
 
 
 def fit_shared(

@@ -153,6 +153,7 @@ def _decided(program: Program, site: Site) -> str:
     books = program.fact(site.name, Codebooks)
     decided = {f"levels.{b}": table for b, table in books.levels.items()}
     decided |= {f"scales.{b}": table for b, table in (books.scales or {}).items()}
+    decided |= {f"thresholds.{b}": table for b, table in (books.thresholds or {}).items()}
     decided["widths"] = program.fact(site.name, Precision).row_widths
     rotation = program.fact(site.name, Rotation)
     return f"{rotation} {books.group} {fingerprint_of(decided)}"

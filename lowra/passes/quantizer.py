@@ -22,11 +22,12 @@ def quantize(
 
     With `moments`, codes come from error feedback, and `rounds` times each row's scale is refit in
     closed form and its codes descend (kept where the row's output error falls); without, each
-    weight goes to its nearest level.
+    weight goes to its nearest level, or where the codebooks' own thresholds send it.
     """
     tables, scales = row_tables(books, row_widths)
     if moments is None:
-        codes = nearest_codes(weight, tables, scales, books.group)
+        borders = row_thresholds(books, row_widths)
+        codes = nearest_codes(weight, tables, scales, books.group, borders)
     else:
         codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
         state = Rounded(codes, tables, scales, books.group)
@@ -50,6 +51,18 @@ def row_tables(books: Codebooks, row_widths: Tensor) -> tuple[Tensor, Tensor | N
             scales = torch.zeros(n, books.scales[width].shape[1]) if scales is None else scales
             scales[rows] = books.scales[width][rows]
     return tables, scales
+
+
+def row_thresholds(books: Codebooks, row_widths: Tensor) -> Tensor | None:
+    """Thresholds [n, L - 1] at the rows' widths, narrow rows filled with +inf; None for middles."""
+    if books.thresholds is None:
+        return None
+    used = [int(b) for b in row_widths.unique()]
+    borders = torch.full((row_widths.shape[0], (1 << max(used)) - 1), torch.inf)
+    for width in used:
+        rows = row_widths == width
+        borders[rows, : (1 << width) - 1] = books.thresholds[width][rows]
+    return borders
 
 
 @dataclass(frozen=True)

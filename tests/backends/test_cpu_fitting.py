@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowra.backends.cpu import fitting, toolchain
-from lowra.backends.reference import feedback, lloyd
+from lowra.backends.reference import feedback, lloyd, optimum
 
 pytestmark = pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
 DRAWN = settings(max_examples=40, deadline=None, derandomize=True)
@@ -52,6 +52,16 @@ def test_lloyd_shared_and_scales(n: int, k: int, seed: int, shared: bool, iterat
     got_scales = fitting.lloyd_scales(*rows, got[:-1], iterations, 1e-6)
     want_scales = lloyd.lloyd_scales(*rows, got[:-1], iterations, 1e-6)
     torch.testing.assert_close(got_scales, want_scales, rtol=1e-7, atol=1e-9)
+
+
+@DRAWN
+@given(ROWS, st.integers(1, 300), SEEDS, st.booleans())
+def test_optimal_levels(n: int, k: int, seed: int, shared: bool) -> None:
+    """Equal cuts may tie; what they lose may not differ."""
+    rows = rows_of(n, k, seed, shared)
+    tables = [fn(*rows, [2, 4, 16]) for fn in (fitting.optimal_levels, optimum.optimal_levels)]
+    got, want = (lloyd.lloyd_rows(*rows, table, 1, 0.0)[-1] for table in tables)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
 def feedback_case(n: int, k: int, groups: int, seed: int) -> tuple[Tensor, ...]:

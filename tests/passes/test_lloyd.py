@@ -144,6 +144,40 @@ def test_the_exact_optimum_bounds_the_loss_and_is_a_fixed_point(
         assert min(losses) <= 1.05 * best + 1e-9
 
 
+@FAST
+@given(st.integers(0, 99), st.sampled_from([1, 2]), st.integers(1, 30), st.sampled_from([0.3, 3]))
+def test_short_rows_reach_the_exact_optimum(seed: int, width: int, k: int, tail: float) -> None:
+    """With every border a candidate, the start is the optimum and Lloyd stays there."""
+    values, weights = drawn_rows(1, k, seed)
+    values = values.sign() * values.abs() ** tail
+    best = exact_kmeans(values[0].tolist(), weights[0].tolist(), 1 << width)
+    fit = lloyd.fit_rows_globally(values, weights, [gaussian_levels(width).expand(1, -1)])[0]
+    energy = float((weights * values**2).sum())
+    assert best * (1 - 1e-9) - 1e-12 <= float(fit.loss) <= best + 1e-6 * energy + 1e-12
+    assert bool((fit.levels.diff(dim=1) >= 0).all())
+
+
+@pytest.mark.parametrize("tail", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("width", [1, 2])
+def test_long_rows_come_within_a_percent_of_the_optimum(width: int, tail: float) -> None:
+    """Lloyd alone is off by more than that in a third of Gaussian rows, in all skewed ones."""
+    values, weights = drawn_rows(1, 220, 7)
+    values = values.abs() ** tail
+    best = exact_kmeans(values[0].tolist(), weights[0].tolist(), 1 << width)
+    fit = lloyd.fit_rows_globally(values, weights, [gaussian_levels(width).expand(1, -1)])[0]
+    assert best * (1 - 1e-9) <= float(fit.loss) <= 1.01 * best
+
+
+def test_the_better_start_is_kept_row_by_row() -> None:
+    rows = drawn_rows(9, 300, 3)
+    starts = [gaussian_levels(b).expand(9, -1) for b in (1, 3, 4, 8)]
+    plain, found = lloyd.fit_rows(*rows, starts), lloyd.fit_rows_globally(*rows, starts)
+    for one, other in zip(plain, found, strict=True):
+        assert bool((other.loss <= one.loss).all())
+        got = rounding_loss(*rows, other.levels)
+        torch.testing.assert_close(got, other.loss, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("width", "positive"),
     [(1, [0.7979]), (2, [0.4528, 1.5104]), (3, [0.2451, 0.7560, 1.3439, 2.1520])],
@@ -177,6 +211,7 @@ ODD: dict[str, Tensor] = {
 }
 FITS: dict[str, Callable[[Rows, Tensor], Fit]] = {
     "per row": lambda rows, start: fit_rows(rows, start.expand(2, -1)),
+    "global": lambda rows, start: lloyd.fit_rows_globally(*rows, [start.expand(2, -1)])[0],
     "shared": fit_shared,
 }
 

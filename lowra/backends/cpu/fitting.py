@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowra.backends.cpu.toolchain import library, pointer
-from lowra.backends.reference import feedback, lloyd
+from lowra.backends.reference import feedback, lloyd, optimum
 from lowra.compiler.ops import LIBRARY
 
 
@@ -22,7 +22,9 @@ def lloyd_rows(
         return lloyd.lloyd_rows(values, weights, starts, iterations, tolerance)
     levels = [start.double().clone(memory_format=torch.contiguous_format) for start in starts]
     loss = _per_row(levels, values)
-    _run(built.lowra_lloyd_rows, values, weights, levels, iterations, tolerance, loss)
+    stop = _int(iterations), ctypes.c_double(tolerance)
+    results = (pointer(loss),)
+    _run(built.lowra_lloyd_rows, values, weights, levels, *stop, *results)
     return [*levels, loss.T.contiguous()]
 
 
@@ -34,7 +36,9 @@ def lloyd_shared(
         return lloyd.lloyd_shared(values, weights, starts, iterations, tolerance)
     levels = [start.double().clone(memory_format=torch.contiguous_format) for start in starts]
     loss = _per_row(levels, values)
-    _run(built.lowra_lloyd_shared, values, weights, levels, iterations, tolerance, loss)
+    stop = _int(iterations), ctypes.c_double(tolerance)
+    results = (pointer(loss),)
+    _run(built.lowra_lloyd_shared, values, weights, levels, *stop, *results)
     return [*levels, loss.T.contiguous()]
 
 
@@ -46,8 +50,19 @@ def lloyd_scales(
         return lloyd.lloyd_scales(values, weights, starts, iterations, tolerance)
     levels = [start.double().contiguous() for start in starts]
     scale, loss = _per_row(levels, values), _per_row(levels, values)
-    _run(built.lowra_lloyd_scales, values, weights, levels, iterations, tolerance, scale, loss)
+    stop = _int(iterations), ctypes.c_double(tolerance)
+    results = (pointer(scale), pointer(loss))
+    _run(built.lowra_lloyd_scales, values, weights, levels, *stop, *results)
     return scale.T.contiguous(), loss.T.contiguous()
+
+
+def optimal_levels(values: Tensor, weights: Tensor, counts: list[int]) -> list[Tensor]:
+    built = library("lloyd")
+    if built is None:
+        return optimum.optimal_levels(values, weights, counts)
+    levels = [torch.empty(values.shape[0], count, dtype=torch.float64) for count in counts]
+    _run(built.lowra_optimal_levels, values, weights, levels)
+    return levels
 
 
 def _per_row(levels: Sequence[Tensor], values: Tensor) -> Tensor:
@@ -55,10 +70,9 @@ def _per_row(levels: Sequence[Tensor], values: Tensor) -> Tensor:
 
 
 def _run(
-    kernel: Any, values: Tensor, weights: Tensor, levels: Sequence[Tensor],
-    iterations: int, tolerance: float, *results: Tensor,
-) -> None:  # fmt: skip
-    """Call a kernel of lloyd.cpp; levels and results are written in place."""
+    kernel: Any, values: Tensor, weights: Tensor, levels: Sequence[Tensor], *rest: object
+) -> None:
+    """Call a kernel of lloyd.cpp; levels and the tensors of `rest` are written in place."""
     n, k = values.shape
     values = values.float().contiguous()
     weights = weights.float().expand(-1, k).contiguous()
@@ -66,10 +80,17 @@ def _run(
     pointers = (ctypes.c_void_p * len(levels))(*(t.data_ptr() for t in levels))
     counts = (ctypes.c_int64 * len(levels))(*(t.shape[-1] for t in levels))
     kernel(
-        pointer(values), pointer(weights), _int(n), _int(k), _int(stride), pointers, counts,
-        _int(len(levels)), _int(iterations), ctypes.c_double(tolerance),
-        *map(pointer, results), torch.get_num_threads(),
-    )  # fmt: skip
+        pointer(values),
+        pointer(weights),
+        _int(n),
+        _int(k),
+        _int(stride),
+        pointers,
+        counts,
+        _int(len(levels)),
+        *rest,
+        torch.get_num_threads(),
+    )
 
 
 def feedback_codes(
@@ -118,5 +139,7 @@ def _int(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
 
 
-for _kernel in (lloyd_rows, lloyd_shared, lloyd_scales, feedback_codes, descend_codes):
+for _kernel in (
+    lloyd_rows, lloyd_shared, lloyd_scales, optimal_levels, feedback_codes, descend_codes
+):  # fmt: skip
     torch.library.impl(f"lowra::{_kernel.__name__}", "CPU", _kernel, lib=LIBRARY)

@@ -4,6 +4,7 @@
 // binary search per threshold.
 #include <cmath>
 #include <limits>
+#include <memory>
 
 struct Row {  // sorted values; mass and moment are prefix sums of weight and weight * value
     std::vector<float> value;
@@ -235,5 +236,94 @@ extern "C" void lowra_lloyd_shared(const float* values, const float* weights, in
     parallel_rows(widths, 1, threads, [&](int64_t begin, int64_t end) {
         for (int64_t w = begin; w < end; w++)
             fit_shared(rows, levels[w], counts[w], iterations, tolerance, loss + w * n);
+    });
+}
+
+constexpr int64_t CANDIDATES = 128;
+
+// Borders stepping evenly in i / k + (v_i - v_0) / (v_last - v_0); all of them in a short row.
+static int64_t place_borders(const Row& row, size_t* edge) {
+    const size_t k = row.value.size();
+    if (k <= size_t(CANDIDATES)) {
+        for (size_t i = 0; i <= k; i++) edge[i] = i;
+        return int64_t(k) + 1;
+    }
+    const double low = row.value[0], range = std::max(row.value[k - 1] - low, 1e-300);
+    size_t i = 0;
+    edge[0] = 0;
+    for (int64_t c = 1; c < CANDIDATES; c++) {
+        const double step = double(c) * (2.0 / CANDIDATES);
+        while (i < k && double(i) / double(k) + (row.value[i] - low) / range < step) i++;
+        edge[c] = i;
+    }
+    edge[CANDIDATES] = k;
+    return CANDIDATES + 1;
+}
+
+struct Cuts {  // cost[i][j] of values between borders, less their energy; least[l][j] in l + 1 parts
+    static constexpr int64_t SIZE = CANDIDATES + 1, MOST = 16;
+    int64_t size;
+    size_t edge[SIZE];
+    double mass[SIZE], moment[SIZE], cost[SIZE][SIZE], least[MOST][SIZE];
+
+    static void lower(double* __restrict into, double before, const double* __restrict added,
+                      int64_t count) {
+        for (int64_t j = 0; j < count; j++) {
+            const double through = before + added[j];
+            into[j] = through < into[j] ? through : into[j];
+        }
+    }
+
+    void fill(const Row& row, int64_t parts) {
+        size = place_borders(row, edge);
+        for (int64_t i = 0; i < size; i++) {
+            mass[i] = row.mass[edge[i]];
+            moment[i] = row.moment[edge[i]];
+        }
+        for (int64_t i = 0; i < size; i++)
+            for (int64_t j = i; j < size; j++) {
+                const double m = mass[j] - mass[i], s = moment[j] - moment[i];
+                cost[i][j] = m > 0 ? -s * s / m : 0;
+            }
+        std::copy(cost[0], cost[0] + size, least[0]);
+        for (int64_t l = 1; l < parts; l++) {
+            std::copy(least[l - 1], least[l - 1] + size, least[l]);  // an empty last part
+            for (int64_t i = 0; i < size; i++)
+                lower(least[l] + i, least[l - 1][i], cost[i] + i, size - i);
+        }
+    }
+
+    // Means of the parts of the best cut into `count`, from the last to the first.
+    void levels(const Row& row, int64_t count, double* into) const {
+        int64_t end = size - 1;
+        for (int64_t l = count - 1; l >= 0; l--) {
+            int64_t begin = 0;
+            for (int64_t i = 0; l > 0 && i <= end; i++)
+                if (least[l - 1][i] + cost[i][end] < least[l - 1][begin] + cost[begin][end])
+                    begin = i;
+            const double m = mass[end] - mass[begin];
+            const size_t here = std::min(edge[begin], row.value.size() - 1);
+            into[l] = m > 0 ? (moment[end] - moment[begin]) / m : row.value[here];
+            end = begin;
+        }
+        for (int64_t l = 1; l < count; l++) into[l] = std::max(into[l], into[l - 1]);
+    }
+};
+
+// levels: for each count [n, counts[w]], at most 16 each.
+extern "C" void lowra_optimal_levels(const float* values, const float* weights, int64_t n,
+                                     int64_t k, int64_t stride, double** levels,
+                                     const int64_t* counts, int64_t widths, int threads) {
+    const Given given{values, weights, n, k, stride};
+    const int64_t most = *std::max_element(counts, counts + widths);
+    parallel_rows(n, 16, threads, [&](int64_t begin, int64_t end) {
+        Row row;
+        const auto cuts = std::make_unique<Cuts>();
+        for (int64_t r = begin; r < end; r++) {
+            given.sort(r, row);
+            cuts->fill(row, most);
+            for (int64_t w = 0; w < widths; w++)
+                cuts->levels(row, counts[w], levels[w] + r * counts[w]);
+        }
     });
 }
