@@ -12,6 +12,7 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight
 from lowra.passes.feedback import descend_codes, feedback_codes, nearest_codes, scale_index
 from lowra.passes.moments import InputMoments
+from lowra.passes.refit import refit_levels
 
 
 def quantize(
@@ -30,7 +31,7 @@ def quantize(
         codes = nearest_codes(weight, tables, scales, books.group, borders)
     else:
         codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
-        state = Rounded(codes, tables, scales, books.group)
+        state = Rounded(codes, tables, scales, books.group, books.shared)
         state = refine(weight, moments.gram, state, rounds)
         codes, tables, scales = state.codes, state.tables, state.scales
     shared = {b: books.levels[b] for b in row_widths.unique().tolist()} if books.shared else None
@@ -67,19 +68,24 @@ def row_thresholds(books: Codebooks, row_widths: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Rounded:
-    """codes [n, k], tables [n, L], scales [n, groups] or None."""
+    """codes [n, k], tables [n, L], scales [n, groups] or None; shared: a width has one table."""
 
     codes: Tensor
     tables: Tensor
     scales: Tensor | None
     group: int
+    shared: bool = False
 
     def values(self) -> Tensor:
         """What the codes stand for: float32 [n, k]."""
-        value = self.tables.gather(1, self.codes)
+        value, scales = self.tables.gather(1, self.codes), self.column_scales()
+        return value if scales is None else value * scales
+
+    def column_scales(self) -> Tensor | None:
+        """The scale of every weight, [n, k]."""
         if self.scales is None:
-            return value
-        return value * self.scales[:, scale_index(value.shape[1], self.group)]
+            return None
+        return self.scales[:, scale_index(self.codes.shape[1], self.group)]
 
     def rows_where(self, rows: Tensor, other: Rounded) -> Rounded:
         """`other` in the rows (bool [n]) named, this elsewhere."""
@@ -88,7 +94,8 @@ class Rounded:
         if scales is not None and other.scales is not None:
             scales = torch.where(pick, other.scales, scales)
         codes = torch.where(pick, other.codes, self.codes)
-        return Rounded(codes, torch.where(pick, other.tables, self.tables), scales, self.group)
+        tables = torch.where(pick, other.tables, self.tables)
+        return replace(self, codes=codes, tables=tables, scales=scales)
 
 
 SWEEPS = 2
@@ -96,18 +103,42 @@ SWEEPS = 2
 
 
 def refine(weight: Tensor, gram: Tensor, state: Rounded, rounds: int) -> Rounded:
-    """Scales in closed form and coordinate descent on codes in turn; no row's error rises."""
+    """Codebooks and scales in closed form and coordinate descent on codes in turn.
+
+    A step is kept in the rows where it lowers the output error, so no row's error rises. Shared
+    codebooks stay: refit on a whole panel they gain nothing (measured on three layers at 1 to 3
+    bits: -0.2 to 0.2 %, 0.5 to 1.5 % for a row's own).
+    """
     energy = ((weight @ gram) * weight).sum(1)
     best, slope = descended(weight, gram, state, 0)
     least = row_errors(weight, best, slope)
     for sweeps in (*[SWEEPS] * rounds, 0):
-        state, fresh = descended(weight, gram, rescaled(weight, energy, best, slope), sweeps)
-        now = row_errors(weight, state, fresh)
-        lower = now < least
-        best = best.rows_where(lower, state)
-        slope = torch.where(lower.unsqueeze(1), fresh, slope)
-        least = torch.where(lower, now, least)
+        if sweeps and not best.shared:
+            fresh = relevelled(gram, best, slope)
+            best, slope, least = _keep_lower(weight, gram, (best, slope, least), fresh, 0)
+        fresh = rescaled(weight, energy, best, slope)
+        best, slope, least = _keep_lower(weight, gram, (best, slope, least), fresh, sweeps)
     return best
+
+
+def _keep_lower(
+    weight: Tensor, gram: Tensor, best: tuple[Rounded, Tensor, Tensor], fresh: Rounded, sweeps: int
+) -> tuple[Rounded, Tensor, Tensor]:
+    """State, slope and row errors: of `fresh` after `sweeps` where lower, else of `best`."""
+    old, slope, least = best
+    state, steeper = descended(weight, gram, fresh, sweeps)
+    now = row_errors(weight, state, steeper)
+    lower = now < least
+    kept = old.rows_where(lower, state)
+    slope = torch.where(lower.unsqueeze(1), steeper, slope)
+    return kept, slope, torch.where(lower, now, least)
+
+
+def relevelled(gram: Tensor, state: Rounded, slope: Tensor) -> Rounded:
+    """Each row's best codebook for its codes, rounded as they are stored, in rising order."""
+    tables = refit_levels(gram, slope, state.codes, state.tables, state.column_scales())
+    tables, order = tables.half().float().sort(1)
+    return replace(state, tables=tables, codes=order.argsort(1).gather(1, state.codes))
 
 
 def descended(weight: Tensor, gram: Tensor, state: Rounded, sweeps: int) -> tuple[Rounded, Tensor]:

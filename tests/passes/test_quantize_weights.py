@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from torch import Tensor
 
+from lowra.compiler.errors import CalibrationError
 from lowra.compiler.facts import Codebooks, Packed, Precision
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
@@ -176,8 +179,10 @@ def test_refitted_scales_never_raise_the_error() -> None:
             assert best == pytest.approx(1.0, abs=2e-3)
 
 
-@pytest.mark.parametrize("what", ["a zero row", "all zero", "an outlier"])
-@pytest.mark.parametrize(("fit", "rotated"), KINDS[:6], ids=IDS[:6])
+@pytest.mark.parametrize(
+    "what", ["a zero row", "all zero", "an outlier", "a constant row", "two values"]
+)
+@pytest.mark.parametrize(("fit", "rotated"), KINDS, ids=IDS)
 def test_odd_weights_are_packed_without_nan(fit: Pass, rotated: bool, what: str) -> None:
     weight = torch.randn(7, 64)
     if what == "all zero":
@@ -185,11 +190,48 @@ def test_odd_weights_are_packed_without_nan(fit: Pass, rotated: bool, what: str)
     weight[2] = 0.0
     if what == "an outlier":
         weight[1, 5] = 500.0
+    elif what == "a constant row":
+        weight[1] = 0.7
+    elif what == "two values":
+        weight[1] = weight[1].sign()
     program = site_program({"a": weight}, {"a": correlated_gram(64)}, rotated)
     done = run_pipeline(program, (fit, CyclicWidths(), QuantizeWeights()))
     packed = done.fact("a", Packed)
     assert bool(torch.isfinite(packed.weight.dequantize()).all())
     assert 0 <= packed.error < 1.0
+
+
+GRAMS: dict[str, Callable[[], Tensor]] = {
+    "rank one": lambda: torch.ones(64, 64),
+    "fewer tokens than columns": lambda: torch.randn(5, 64).T.cov() * 5,
+    "dead inputs": lambda: correlated_gram(64) * (torch.arange(64) % 2).outer(
+        torch.arange(64) % 2
+    ),
+    "zero": lambda: torch.zeros(64, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GRAMS)
+@pytest.mark.parametrize(("fit", "rotated"), KINDS, ids=IDS)
+def test_singular_gram_matrices_give_sensible_weights(fit: Pass, rotated: bool, what: str) -> None:
+    torch.manual_seed(0)
+    weight, gram = torch.randn(7, 64), GRAMS[what]()
+    done = run_pipeline(
+        site_program({"a": weight}, {"a": gram}, rotated), (fit, CyclicWidths(), QuantizeWeights())
+    )
+    packed = done.fact("a", Packed)
+    value = packed.weight.dequantize()
+    assert bool(torch.isfinite(value).all()) and 0 <= packed.error < 1.0
+    assert float(value.abs().max()) < 20
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_a_gram_matrix_with_nan_is_one_error(rotated: bool) -> None:
+    gram = correlated_gram(64)
+    gram[3, 4] = gram[4, 3] = torch.nan
+    program = site_program({"a": torch.randn(7, 64)}, {"a": gram}, rotated)
+    with pytest.raises(CalibrationError, match="a Gram matrix of size 64 holds NaN"):
+        run_pipeline(program, (FitCodebooks(), CyclicWidths(), QuantizeWeights()))
 
 
 def test_output_error_is_the_trace() -> None:
