@@ -24,6 +24,7 @@ check: .venv/.lowra-dev ## lint, format, types, import directions
 
 bench: .venv/.lowra-test ## measure compile time and quality
 	$(BIN)/python -m benchmarks.compile
+	$(BIN)/python -m benchmarks.fit
 	$(BIN)/python -m benchmarks.quality
 
 clean: ## remove caches, builds and demo output (.venv stays)
