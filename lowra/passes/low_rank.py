@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.feedback import DAMPING
-from lowra.passes.quantizer import output_error
+from lowra.passes.moments import output_error
 
 
 class LowRank(Protocol):
