@@ -12,7 +12,15 @@ import torch
 
 from lowra.compiler.correction import Correction
 from lowra.compiler.errors import PipelineError, WeightError
-from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
+from lowra.compiler.facts import (
+    Adapter,
+    AdapterRank,
+    Assigned,
+    Codebooks,
+    Packed,
+    Precision,
+    Statistics,
+)  # fmt: skip
 from lowra.compiler.pipeline import Pass, parse_pipeline, print_pipeline, run_pipeline
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
@@ -224,7 +232,10 @@ def test_a_pass_that_breaks_a_site_is_named() -> None:
 
 
 def test_every_pass_declares_facts_as_types() -> None:
-    known = {Statistics, Codebooks, Precision, Packed, Correction, Adapter, Rotation}
+    known = {
+        Statistics, Codebooks, Precision, Assigned, AdapterRank, Packed, Correction, Adapter,
+        Rotation,
+    }  # fmt: skip
     for kind in PASSES:
         assert set(kind.reads) | set(kind.writes) <= known
     assert InitializeAdapters.writes == (Adapter, Packed)
