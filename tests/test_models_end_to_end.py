@@ -162,4 +162,5 @@ def test_an_exported_model_gives_equal_outputs_without_transformers(alone: Path,
     assert not error.exists(), error.read_text()
     made = end_to_end(name)
     logits = load_file(alone / f"{name}.outputs")["logits"]
-    assert torch.equal(logits, output(made.compiled, made.inputs))
+    # Another process may align tensors otherwise, and so sum in another order.
+    torch.testing.assert_close(logits, output(made.compiled, made.inputs), rtol=1e-5, atol=1e-6)
