@@ -20,7 +20,7 @@ class InputMoments:
     gram: Tensor
     factor: Factor
     drift: Tensor | None = None
-    """Mean of (x - x^) x^' [k, k] behind a quantized prefix (facts.Prefix)."""
+    """Mean of (x - x^) x^' [k, k] behind a quantized prefix (facts.Prefix), or a share of it."""
 
     def loss(self, error: Tensor) -> float:
         """tr(E G E') of E [n, k] without the damping."""
@@ -28,8 +28,11 @@ class InputMoments:
         return max(0.0, damped - self.factor.damping * float((error.double() ** 2).sum()))
 
     def target(self, weight: Tensor) -> Tensor:
-        """The weight [n, k] that makes up best for what the prefix did to the input:
-        W + W drift gram^-1, the minimum of E|W x - W* x^|^2 (GPTAQ, arXiv 2504.02692)."""
+        """The weight [n, k] that makes up for what the prefix did to its input.
+
+        W* = W + W drift gram^-1: with the whole drift, the minimum of E|W x - W* x^|^2 (GPTAQ,
+        arXiv 2504.02692).
+        """
         if self.drift is None:
             return weight
         order, upper = self.factor.order, self.factor.upper

@@ -50,7 +50,7 @@ class PrefixStream:
             {node.name: t for node, t in zip(self.original.placeholders, batch, strict=True)}
             for batch in program.calibration
         ]
-        self.values = [(batch, dict(batch)) for batch in start]
+        self.values: list[tuple[Values, Values]] = [(batch, dict(batch)) for batch in start]
         self.at = 0
 
     def moments(self, site: Site) -> dict[str, Tensor]:
@@ -60,14 +60,13 @@ class PrefixStream:
         end = self.position[stop]
         part, keep = self.nodes[self.at : end + 1], self.live[end]
         gram, drift = Moments(), Moments()
-        for index, pair in enumerate(self.values):
-            original, quantized = pair
+        for index, (original, quantized) in enumerate(self.values):
             self.original.run(part, original, {})
             self.quantized.run(part, quantized, {})
             x = quantized[stop]
             gram.add(x)
             drift.add(original[stop] - x, x)
-            self.values[index] = tuple({n: v for n, v in p.items() if n in keep} for p in pair)
+            self.values[index] = (_only(keep, original), _only(keep, quantized))
         self.at = end + 1
         return {"gram": gram.take_mean(site), "drift": drift.take_mean(site)}
 
@@ -75,3 +74,7 @@ class PrefixStream:
         """From here on the quantized model has this weight at a site."""
         weight = packed.dequantize(site.dtype)
         self.weights[site.weight] = weight.T if site.transposed else weight
+
+
+def _only(names: set[str], values: Values) -> Values:
+    return {name: value for name, value in values.items() if name in names}

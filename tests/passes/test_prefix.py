@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowra.compiler.capture import capture
 from lowra.compiler.facts import Packed, Prefix, Statistics
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
@@ -20,7 +19,6 @@ from lowra.compiler.spill import Spill
 from lowra.passes import (
     CollectStatistics,
     FitCodebooks,
-    NormalizeLinears,
     QuantizeWeights,
     RotateInputs,
     prefix,
@@ -29,37 +27,10 @@ from lowra.passes.moments import moments_behind
 from lowra.passes.prefix import prefix_order
 from tests.compiler.captured import normalized
 from tests.models import tokens
+from tests.passes.chain import X, chain, random
 from tests.passes.site_programs import CyclicWidths
 
 DECIDE = (RotateInputs(), CollectStatistics(), FitCodebooks((2,)), CyclicWidths())
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Chain(nn.Module):
-    """Two siblings on one input, then a product of both on the third site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(64, 48, bias=False), nn.Linear(64, 48)
-        self.last = nn.Linear(48, 32)
-        with torch.no_grad():
-            for index, parameter in enumerate(self.parameters()):
-                parameter.copy_(random(*parameter.shape, seed=index) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.relu(self.left(x)) * self.right(x))
-
-
-X = random(400, 64, seed=9) @ random(64, 64, seed=10) / 8
-
-
-@functools.cache
-def chain() -> tuple[Chain, Program]:
-    model = Chain().eval()
-    return model, run_pipeline(capture(model, (X[:4],)), (NormalizeLinears(),))
 
 
 def decided(folder: Path | None = None) -> Program:
@@ -73,7 +44,7 @@ def weights_of(program: Program) -> dict[str, Tensor]:
 
 def test_moments_are_those_of_a_model_with_the_quantized_prefix() -> None:
     model, _ = chain()
-    program = run_pipeline(decided(), (QuantizeWeights(prefix=True),))
+    program = run_pipeline(decided(), (QuantizeWeights(prefix=1.0),))
     weights = weights_of(program)
     with torch.no_grad():
         x = (torch.relu(model.left(X)) * model.right(X)).double()
@@ -114,7 +85,7 @@ def output_error(program: Program) -> float:
 
 def test_it_lowers_the_error_of_the_whole_model() -> None:
     with_it, without = (
-        output_error(run_pipeline(decided(), (QuantizeWeights(prefix=on),))) for on in (True, False)
+        output_error(run_pipeline(decided(), (QuantizeWeights(prefix=on),))) for on in (1.0, 0.0)
     )
     assert with_it < without
 
@@ -126,7 +97,7 @@ def refuse(*_: object) -> NoReturn:
 def test_a_finished_walk_runs_no_model_and_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = (QuantizeWeights(prefix=True),)
+    step = (QuantizeWeights(prefix=1.0),)
     first = run_pipeline(decided(tmp_path), step)
     monkeypatch.setattr(prefix.Runner, "run", refuse)
     again = run_pipeline(decided(tmp_path), step)
@@ -140,7 +111,7 @@ def test_a_finished_walk_runs_no_model_and_gives_the_same_bytes(
 def test_an_interrupted_walk_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = (QuantizeWeights(prefix=True),)
+    step = (QuantizeWeights(prefix=1.0),)
     whole = weights_of(run_pipeline(decided(), step))
     moments = prefix.PrefixStream.moments
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
