@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowra.compiler.compact import CODEBOOK_BITS, SCALE_BITS, Compact
 from lowra.compiler.errors import BudgetError, RecipeError, nearest
-from lowra.compiler.packing import WIDTHS
+from lowra.compiler.packing import TERNARY, WIDTHS
 from lowra.compiler.pipeline import Pass
 from lowra.passes import (
     AssignPrecision,
@@ -34,6 +35,8 @@ RANKS = (0, 4, 8, 16, 32)
 UNITS = ("row", "layer", "siblings")
 INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
 MAPPINGS = ("kept", "relearned")
+TERNARY_BELOW = 2.6
+"""Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,14 @@ class Recipe:
         scales, width tags) in preset "default"; code bits alone in "lowra", as the paper counts.
     preset: "default", the best we know, or "lowra", the paper to the letter (data-free, absmax
         blocks of 64, 2 Lloyd iterations, widths 1, 2, 4, two-level program, LoftQ).
-    widths: candidate widths; by default 1 to 4 (and 8 where the budget has room), or the paper's.
+    widths: candidate widths out of 1, 1.6 (three levels), 2, 3, 4 and 8; by default 1 to 4 (with
+        1.6 where the budget is low, 8 where it has room), or the paper's.
     unit: "row" for a width per output row, "layer" for one per site, "siblings"
         for one for all sites that read one input (q/k/v, gate/up), as fused kernels want.
     rotation: input-side randomised Hadamard transform. group: columns per scale, -1 one scale per
         row, 0 none. shared_codebooks: one codebook per site and width instead of one per row.
+    scale_bits, codebook_bits: what a scale (16, 8 or 4) and a codebook value (16 or 8) take in the
+        file; by default 8 and 16.
     rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "two-sided"
         (rows weighted by sensitivity), "alternate" (the base quantized anew in turn), "loftq" or
         "zero". rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition
@@ -70,11 +76,13 @@ class Recipe:
 
     bit_budget: float
     preset: str = "default"
-    widths: tuple[int, ...] | None = None
+    widths: tuple[float, ...] | None = None
     unit: str = "row"
     rotation: bool | None = None
     group: int | None = None
     shared_codebooks: bool | None = None
+    scale_bits: int | None = None
+    codebook_bits: int | None = None
     rank: int | str = 16
     alpha: float | None = None
     init: str | None = None
@@ -85,7 +93,7 @@ class Recipe:
     correction_bits: int = 4
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    pins: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    pins: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     calibration_tokens: int = 16384
     context: int = 256
     seed: int = 0
@@ -128,7 +136,7 @@ class Recipe:
         if isinstance(self.seed, int) and self.seed >= 1 << 63:
             raise RecipeError(f"seed={self.seed} must be below 2^63")
         if self.widths is not None and not isinstance(self.widths, (tuple, list)):
-            raise RecipeError(f"widths={self.widths!r} must be a tuple such as (1, 2, 3, 4)")
+            raise RecipeError(f"widths={self.widths!r} must be a tuple such as (1, 1.6, 2, 3, 4)")
         if not isinstance(self.pins, Mapping):
             raise RecipeError(f"pins={self.pins!r} must map patterns to widths")
         if not all(isinstance(pattern, str) for pattern in self.pins):
@@ -136,7 +144,7 @@ class Recipe:
 
     def _check_widths(self) -> None:
         for width in (*(self.widths or ()), *self.pins.values()):
-            if type(width) is not int or width not in WIDTHS:
+            if (type(width), width) not in [(type(legal), legal) for legal in WIDTHS]:
                 raise RecipeError(f"width {width!r} is not one of {', '.join(map(str, WIDTHS))}")
         if self.widths is None:
             return
@@ -147,12 +155,19 @@ class Recipe:
     def _check_layout(self) -> None:
         if self.group is not None and (type(self.group) is not int or self.group < -1):
             raise RecipeError(f"group={self.group!r} must be -1 (per row), 0 (none) or positive")
+        for name, legal in (("scale_bits", SCALE_BITS), ("codebook_bits", CODEBOOK_BITS)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value not in legal):
+                raise RecipeError(f"{name}={value!r} is not one of {', '.join(map(str, legal))}")
         if self.shared_codebooks and self.group == 0:
             raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
         fixed = {
             "unit": self.unit != "row", "pins": bool(self.pins), "group": self.group == 0,
             "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
             "correction_rank": self.correction_rank > 0,
+            "widths": TERNARY in (self.widths or ()),
+            "scale_bits": self.scale_bits not in (None, 16),
+            "codebook_bits": self.codebook_bits not in (None, 16),
         }  # fmt: skip
         for name in ("threshold_average", "loftq_mappings"):
             if not self.is_paper and getattr(self, name) is not None:
@@ -191,17 +206,19 @@ class Recipe:
         return self.preset == "lowra"
 
     @property
-    def candidate_widths(self) -> tuple[int, ...]:
+    def candidate_widths(self) -> tuple[float, ...]:
         """Widths the planner may choose from, pinned ones included.
 
-        The paper drops 1 bit from 2.0 bits up (footnote 4); the default adds 8 bits from 4.1 up.
+        The paper drops 1 bit from 2.0 bits up (footnote 4); the default adds 1.6 bits
+        below 2.6 and 8 bits above 4.1.
         """
         if self.widths is not None:
             base = self.widths
         elif self.is_paper:
             base = (2, 4) if self.bit_budget >= 2 else (1, 2, 4)
         else:
-            base = (1, 2, 3, 4, 8) if self.bit_budget > 4.1 else (1, 2, 3, 4)
+            base = (1, 2, 3, 4, *((8,) if self.bit_budget > 4.1 else ()))
+            base = (*base, *((TERNARY,) if self.bit_budget < TERNARY_BELOW else ()))
         return tuple(sorted({*base, *self.pins.values()}))
 
     @property
@@ -211,6 +228,12 @@ class Recipe:
         group = group if self.group is None else self.group
         shared = shared if self.shared_codebooks is None else self.shared_codebooks
         return group, shared and group != 0
+
+    @property
+    def compact(self) -> Compact:
+        """In how many bits scales and codebook values are stored."""
+        scales = 16 if self.is_paper or self.layout[0] == 0 else 8
+        return Compact(self.scale_bits or scales, self.codebook_bits or 16)
 
     @property
     def fixed_rank(self) -> int:
@@ -239,7 +262,15 @@ class Recipe:
             RotateInputs(seed=self.seed, enabled=rotation),
             CollectStatistics(),
             *(() if self.is_paper else (MeasureSensitivity(),)),
-            FitCodebooks(self.candidate_widths, group, shared, rule, average),
+            FitCodebooks(
+                widths=self.candidate_widths,
+                group=group,
+                shared=shared,
+                rule=rule,
+                threshold_average=average,
+                scale_bits=self.compact.scale_bits,
+                codebook_bits=self.compact.codebook_bits,
+            ),  # fmt: skip
             self._replay() if replay else self.assignment(),
             QuantizeWeights(feedback=not self.is_paper),
         ]

@@ -75,16 +75,19 @@ def test_a_budget_that_no_model_can_meet_is_refused_with_what_is_usual(budget: f
         ("calibration_tokens", 0, "calibration_tokens=0 must be a whole number of 1 or more"),
         ("context", 0, "context=0 must be a whole number of 1 or more"),
         ("context", 1e3, "context=1000.0 must be a whole number of 1 or more"),
-        ("widths", (5,), "width 5 is not one of 1, 2, 3, 4, 8"),
-        ("widths", (0, 1), "width 0 is not one of 1, 2, 3, 4, 8"),
-        ("widths", ("2",), "width '2' is not one of 1, 2, 3, 4, 8"),
+        ("widths", (5,), "width 5 is not one of 1, 1.6, 2, 3, 4, 8"),
+        ("widths", (0, 1), "width 0 is not one of 1, 1.6, 2, 3, 4, 8"),
+        ("widths", ("2",), "width '2' is not one of 1, 1.6, 2, 3, 4, 8"),
         ("widths", (), "widths is empty; name at least one"),
         ("widths", 3, "widths=3 must be a tuple"),
-        ("pins", {"*": 16}, "width 16 is not one of 1, 2, 3, 4, 8"),
-        ("pins", {"*": "4"}, "width '4' is not one of 1, 2, 3, 4, 8"),
+        ("pins", {"*": 16}, "width 16 is not one of 1, 1.6, 2, 3, 4, 8"),
+        ("pins", {"*": "4"}, "width '4' is not one of 1, 1.6, 2, 3, 4, 8"),
         ("pins", [("*", 4)], "must map patterns to widths"),
         ("group", -2, "group=-2 must be -1 .per row., 0 .none. or positive"),
         ("group", 64.0, "group=64.0 must be -1 .per row., 0 .none. or positive"),
+        ("scale_bits", 2, "scale_bits=2 is not one of 4, 8, 16"),
+        ("scale_bits", 8.0, "scale_bits=8.0 is not one of 4, 8, 16"),
+        ("codebook_bits", 4, "codebook_bits=4 is not one of 8, 16"),
         ("group", "64", "group='64' must be -1 .per row., 0 .none. or positive"),
         ("include", 5, "include=5 must be patterns, as strings"),
         ("include", (1,), r"include=\(1,\) must be patterns, as strings"),
@@ -166,6 +169,8 @@ FULL = Recipe(
     rotation=False,
     group=64,
     shared_codebooks=False,
+    scale_bits=4,
+    codebook_bits=8,
     rank=8,
     alpha=12.5,
     init="loftq",
@@ -215,7 +220,8 @@ def test_a_recipe_without_a_budget_is_refused() -> None:
 
 def test_the_default_pipeline_as_text() -> None:
     assert text(bit_budget=1.5) == (
-        "normalize-linears rotate-inputs collect-statistics measure-sensitivity fit-codebooks "
+        "normalize-linears rotate-inputs collect-statistics measure-sensitivity "
+        "fit-codebooks{widths=1,1.6,2,3,4 scale_bits=8} "
         "assign-precision{budget=1.5} quantize-weights initialize-adapters rewrite-linears"
     )
 
@@ -233,7 +239,7 @@ def test_every_option_arrives_in_the_pipeline() -> None:
     assert print_pipeline(FULL.passes()) == (
         "normalize-linears{include=lm_head ignore=*.down_proj,re:layers\\.0\\.} "
         "rotate-inputs{seed=7 enabled=false} collect-statistics measure-sensitivity "
-        "fit-codebooks{widths=1,2,4 group=64 shared=false} "
+        "fit-codebooks{widths=1,2,4 group=64 shared=false scale_bits=4 codebook_bits=8} "
         "assign-precision{budget=2.25 unit=layer pins=*.v_proj=4 adapter_rank=8 "
         "correction_rank=4 correction_bits=8} "
         "quantize-weights correct-weights{rank=4 bits=8} "
@@ -277,14 +283,17 @@ def test_alpha_is_the_rank_unless_given() -> None:
 @pytest.mark.parametrize(
     ("options", "widths"),
     [
-        ({"bit_budget": 1.5}, (1, 2, 3, 4)),
+        ({"bit_budget": 1.5}, (1, 1.6, 2, 3, 4)),
+        ({"bit_budget": 2.6}, (1, 2, 3, 4)),
         ({"bit_budget": 4.1}, (1, 2, 3, 4)),
         ({"bit_budget": 4.2}, (1, 2, 3, 4, 8)),
         ({"bit_budget": 1.99, "preset": "lowra"}, (1, 2, 4)),
         ({"bit_budget": 2, "preset": "lowra"}, (2, 4)),
         ({"bit_budget": 2, "widths": (8, 2)}, (2, 8)),
         ({"bit_budget": 2, "widths": (1, 2), "pins": {"*": 8}}, (1, 2, 8)),
-        ({"bit_budget": 2, "pins": {"*": 8}}, (1, 2, 3, 4, 8)),
+        ({"bit_budget": 2, "pins": {"*": 8}}, (1, 1.6, 2, 3, 4, 8)),
+        ({"bit_budget": 2, "widths": (2, 1.6, 1)}, (1, 1.6, 2)),
+        ({"bit_budget": 2, "widths": (2,), "pins": {"*": 1.6}}, (1.6, 2)),
     ],
     ids=str,
 )

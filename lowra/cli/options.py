@@ -57,7 +57,7 @@ RankOption = Annotated[
 ]
 WidthsOption = Annotated[
     str | None,
-    typer.Option(metavar="1,2,3,4", help="Candidate widths; by default chosen by the budget."),
+    typer.Option(metavar="1,1.6,2,3,4", help="Candidate widths; by default chosen by the budget."),
 ]
 UnitOption = Annotated[
     Unit, typer.Option(help="A width per output row, per layer, or for all layers on one input.")
@@ -119,25 +119,35 @@ def parse_rank(rank: str) -> int | str:
     return rank if rank == "auto" else int(rank)
 
 
-def parse_pins(pins: list[str]) -> dict[str, int]:
+def parse_pins(pins: list[str]) -> dict[str, float]:
     """`["*.q_proj=4"]` as `{"*.q_proj": 4}`."""
-    parsed: dict[str, int] = {}
+    parsed: dict[str, float] = {}
     for pin in pins:
-        pattern, _, width = pin.rpartition("=")
-        if not pattern or not width.strip().isdecimal():
+        pattern, _, text = pin.rpartition("=")
+        width = _width(text)
+        if not pattern or width is None:
             raise typer.BadParameter(f"{pin!r} is not PATTERN=WIDTH", param_hint="'--pin'")
-        parsed[pattern] = int(width)
+        parsed[pattern] = width
     return parsed
 
 
-def parse_widths(widths: str) -> tuple[int, ...]:
-    """`"1,2,4"` as `(1, 2, 4)`."""
-    parts = [part.strip() for part in widths.split(",")]
-    if not all(part.isdecimal() for part in parts):
+def parse_widths(widths: str) -> tuple[float, ...]:
+    """`"1,1.6,2"` as `(1, 1.6, 2)`."""
+    parts = [width for part in widths.split(",") if (width := _width(part)) is not None]
+    if len(parts) != widths.count(",") + 1:
         raise typer.BadParameter(
             f"{widths!r} is not a list of widths such as 1,2,4", param_hint="'--widths'"
         )
-    return tuple(map(int, parts))
+    return tuple(parts)
+
+
+def _width(text: str) -> float | None:
+    """`"4"` as 4, `"1.6"` as 1.6, and None for what is no plain decimal number."""
+    text = text.strip()
+    if text.isdecimal():
+        return int(text)
+    whole, point, part = text.partition(".")
+    return float(text) if point and whole.isdecimal() and part.isdecimal() else None
 
 
 def read_text(path: Path) -> str:

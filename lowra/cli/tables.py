@@ -72,7 +72,7 @@ def shape_text(shape: Iterable[int]) -> str:
 
 def widths_text(rows: Mapping[str, int]) -> str:
     """`96 at 2 bit, 32 at 4 bit`, for rows per width."""
-    ordered = sorted(rows.items(), key=lambda item: int(item[0]))
+    ordered = sorted(rows.items(), key=lambda item: float(item[0]))
     return ", ".join(f"{count} at {width} bit" for width, count in ordered if count)
 
 

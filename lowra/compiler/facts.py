@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowra.compiler.compact import PLAIN, Compact
+from lowra.compiler.packing import width_of
 from lowra.compiler.storage import PackedWeight
 
 if TYPE_CHECKING:
@@ -55,34 +57,39 @@ class Prefix:
 class Codebooks:
     """Levels, scales and expected loss of every row at every candidate width.
 
-    levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; ascending.
+    levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; 3 values for b = 1.6; ascending.
     scales[b]: float32 [n, groups] or None where the levels carry the scale.
     absmax: scales are the largest magnitude of their group, and follow the weight (QLoRA, LowRA).
     thresholds[b]: float32 [n, 2^b - 1], ascending: plain rounding sends values between two of them
         to one level. None for the middles between levels. Not stored: codes and levels suffice.
+    compact: in how many bits scales and levels are stored; both are rounded to it already.
+    span: float16 [2], the grid of compact scales per row, the same at every width.
     loss: float64 [n, len(widths)], expected cost of rounding the row (see fit-codebooks).
     """
 
-    widths: tuple[int, ...]
-    levels: Mapping[int, Tensor]
-    scales: Mapping[int, Tensor] | None
+    widths: tuple[float, ...]
+    levels: Mapping[float, Tensor]
+    scales: Mapping[float, Tensor] | None
     loss: Tensor
     group: int
     shared: bool
     absmax: bool = False
-    thresholds: Mapping[int, Tensor] | None = None
+    thresholds: Mapping[float, Tensor] | None = None
+    compact: Compact = PLAIN
+    span: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Width of each row: uint8 [n]."""
+    """Width of each row, by its id (9 for 1.6 bits, else the width): uint8 [n]."""
 
     row_widths: Tensor
 
-    def histogram(self) -> dict[int, int]:
-        """Rows per width."""
-        widths, counts = self.row_widths.unique(return_counts=True)
-        return {int(w): int(c) for w, c in zip(widths, counts, strict=True)}
+    def histogram(self) -> dict[float, int]:
+        """Rows per width, narrowest first."""
+        ids, counts = self.row_widths.unique(return_counts=True)
+        rows = {width_of(int(id)): int(c) for id, c in zip(ids, counts, strict=True)}
+        return dict(sorted(rows.items()))
 
 
 @dataclass(frozen=True)

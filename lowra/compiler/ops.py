@@ -4,7 +4,7 @@ The plain-torch meaning lives in `lowra.backends.reference`; other backends regi
 the same names. Every op takes the packed arguments of `PackedWeight.op_args`:
 
     codes int32, codebooks float16, scales float16 or None, order int32 [n] (original index of each
-    stored row), panels [width, rows, ...], k, group, and the input rotation's seed and block.
+    stored row), panels [width id, rows, ...], k, group, and the input rotation's seed and block.
 
     dequantize             -> W [n, k]
     dequantize_backward    dL/dW [n, k] -> dL/dcodebooks, dL/dscales

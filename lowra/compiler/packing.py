@@ -1,57 +1,157 @@
-"""Codes to words and back: planar within tiles of 256 along K, so that unpacking is shifts only.
+"""Codes to words and back: planar within tiles along K, so that unpacking is a few plain steps.
 
-A row of `k` codes is padded with zeros to a multiple of 32 and cut into tiles of 256; the last
-tile may be shorter. In a tile of `t` codes of `b` bits there are `w = t * b / 32` words, and
-field `f` of word `v` holds the code of column `k0 + f * w + v`. Codes of 3 bits are two planes:
-the low 2 bits, then the high bit.
+Codes of 1, 2, 4 and 8 bits: a row of `k` codes is padded with zeros to a multiple of 32 and cut
+into tiles of 256; the last tile may be shorter. In a tile of `t` codes of `b` bits there are
+`w = t * b / 32` words, and field `f` of word `v` holds the code of column `k0 + f * w + v`. Codes
+of 3 bits are two planes: the low 2 bits, then the high bit.
+
+Ternary codes: five to a byte, in tiles of 320 columns; see `_pack_ternary`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-WIDTHS = (1, 2, 3, 4, 8)
 TILE = 256
+TERNARY_TILE = 320
 WORD_BITS = 32
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+WORD_TRITS = 20
+"""Ternary codes in a word of 32 bits: 3^5 < 2^8, four times."""
+
+TERNARY = 1.6
+"""The width of a row of three levels: 32 / 20 bits."""
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the codes of a row are stored.
+
+    id: names the format where rows are data: in `row_widths`, in the ops' `panels`, in a file's
+    nibble. width: bits per code, and what people and passes call it. levels: values of a codebook.
+    planes: bits of each plane of code bits; none for ternary codes.
+    """
+
+    id: int
+    width: float
+    levels: int
+    planes: tuple[int, ...]
+
+
+FORMATS = {
+    format_.id: format_
+    for format_ in (
+        RowFormat(8, 8, 256, (8,)),
+        RowFormat(4, 4, 16, (4,)),
+        RowFormat(3, 3, 8, (2, 1)),
+        RowFormat(2, 2, 4, (2,)),
+        RowFormat(9, TERNARY, 3, ()),
+        RowFormat(1, 1, 2, (1,)),
+    )
+}
+"""Every row format by id, widest first: the order of panels."""
+
+WIDTHS = tuple(sorted(format_.width for format_ in FORMATS.values()))
+_IDS = {format_.width: format_.id for format_ in FORMATS.values()}
+
+
+def width_id(width: float) -> int:
+    """The id of a width: 9 for 1.6, else the width itself."""
+    return _IDS[width]
+
+
+def width_of(id: int) -> float:
+    """The width that an id names: 1.6 for 9, else the id itself."""
+    return FORMATS[id].width
+
+
+def levels_of(id: int) -> int:
+    """Values in a codebook of rows of this id."""
+    return FORMATS[id].levels
 
 
 def padded_columns(k: int) -> int:
-    """Columns a packed row holds: `k` rounded up to a multiple of 32."""
+    """Columns a packed row of 1, 2, 3, 4 or 8 bits holds: `k` rounded up to a multiple of 32."""
     return -(-k // WORD_BITS) * WORD_BITS
 
 
-def row_words(k: int, width: int) -> int:
-    """Words of 32 bits that one row of `k` codes of `width` bits takes, padding included."""
-    return padded_columns(k) * width // WORD_BITS
+def row_words(k: int, id: int) -> int:
+    """Words of 32 bits that the codes of one row [k] take, padding included."""
+    planes = FORMATS[id].planes
+    return padded_columns(k) * sum(planes) // WORD_BITS if planes else -(-k // WORD_TRITS)
 
 
-def pack_rows(codes: Tensor, width: int) -> Tensor:
-    """Pack integer codes [rows, k] in 0..2^width-1 into a flat int32 tensor, plane by plane."""
+def pack_rows(codes: Tensor, id: int) -> Tensor:
+    """Pack integer codes [rows, k], below levels_of(id), into a flat int32 tensor."""
+    if not FORMATS[id].planes:
+        return _pack_ternary(codes)
     rows, k = codes.shape
     padded = torch.zeros(rows, padded_columns(k), dtype=torch.int32, device=codes.device)
     padded[:, :k] = codes
     planes: list[Tensor] = []
     shift = 0
-    for bits in PLANES[width]:
+    for bits in FORMATS[id].planes:
         planes.append(_pack_plane((padded >> shift) & ((1 << bits) - 1), bits).reshape(-1))
         shift += bits
     return torch.cat(planes)
 
 
-def unpack_rows(words: Tensor, rows: int, k: int, width: int) -> Tensor:
+def unpack_rows(words: Tensor, rows: int, k: int, id: int) -> Tensor:
     """The codes [rows, k] as int32 from what `pack_rows` made."""
     codes: Tensor | None = None
     start, shift = 0, 0
-    for bits in PLANES[width]:
+    for bits in FORMATS[id].planes:
         per_row = row_words(k, bits)
         plane = words[start : start + rows * per_row].view(rows, per_row)
         field = _unpack_plane(plane, bits, padded_columns(k))
         codes = field if codes is None else codes | (field << shift)
         start, shift = start + rows * per_row, shift + bits
-    assert codes is not None
-    return codes[:, :k]
+    return _unpack_ternary(words, rows, k) if codes is None else codes[:, :k]
+
+
+def _ternary_tiles(k: int) -> list[tuple[int, int]]:
+    """(number of tiles, bytes per tile) of the full tiles and of the shorter last one."""
+    full, rest = divmod(k, TERNARY_TILE)
+    parts = [(full, TERNARY_TILE // 5), (1, 4 * -(-rest // WORD_TRITS))]
+    return [part for part in parts if part[0] and part[1]]
+
+
+def _pack_ternary(codes: Tensor) -> Tensor:
+    """Codes [rows, k] of 0, 1 and 2 into words of 32 bits, flat.
+
+    A tile of t columns from k0 has c = 4 * ceil(t / 20) bytes, and digit f of byte v is column
+    k0 + f * c + v, so equal digits of neighbouring bytes are neighbouring columns. A byte is the
+    number d0 d1 d2 d3 d4 to base 3 as a fraction of 256, rounded up: ceil(number * 256 / 243).
+    Digit f is then the whole part of 3 * (byte * 3^f mod 256) / 256: two products of 8 bits.
+    """
+    rows, k = codes.shape
+    parts: list[Tensor] = []
+    start = 0
+    for count, size in _ternary_tiles(k):
+        stop = min(k, start + count * 5 * size)
+        tile = torch.zeros(rows, count * 5 * size, dtype=torch.int32, device=codes.device)
+        tile[:, : stop - start] = codes[:, start:stop]
+        digits = tile.view(rows, count, 5, size)
+        number = digits[:, :, 0]
+        for field in range(1, 5):
+            number = 3 * number + digits[:, :, field]
+        parts.append(((number * 256 + 242) // 243).to(torch.uint8).reshape(rows, -1))
+        start = stop
+    return torch.cat(parts, dim=1).contiguous().view(torch.int32).reshape(-1)
+
+
+def _unpack_ternary(words: Tensor, rows: int, k: int) -> Tensor:
+    data = words.contiguous().view(rows, -1).view(torch.uint8)
+    parts: list[Tensor] = []
+    start = 0
+    for count, size in _ternary_tiles(k):
+        tile = data[:, start : start + count * size].reshape(rows, count, 1, size).int()
+        powers = torch.tensor((1, 3, 9, 27, 81), dtype=torch.int32, device=words.device)
+        parts.append((((tile * powers.view(1, 1, -1, 1)) & 255) * 3 >> 8).reshape(rows, -1))
+        start += count * size
+    return torch.cat(parts, dim=1)[:, :k]
 
 
 def _tiles(columns: int) -> list[tuple[int, int]]:

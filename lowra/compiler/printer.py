@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lowra.compiler.compact import PLAIN
 from lowra.compiler.correction import Correction
 from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
 from lowra.compiler.program import Program, Site
@@ -48,7 +49,8 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
     if books := program.find(name, Codebooks):
         kind = "shared" if books.shared else "per row"
         widths = ",".join(map(str, books.widths))
-        yield f"codebooks: widths={widths} {kind} group={books.group}"
+        compact = "" if books.compact == PLAIN else f" {books.compact}"
+        yield f"codebooks: widths={widths} {kind} group={books.group}{compact}"
     if precision := program.find(name, Precision):
         yield "precision: " + ", ".join(
             f"{rows} rows at {width}" for width, rows in precision.histogram().items()
@@ -59,7 +61,7 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
         yield f"packed: {bits:.2f} bits, error {packed.error:.2g}"
     if correction := program.find(name, Correction):
         bits = correction.stored_bits() / site.weights
-        width = correction.a.panels[0][0]
+        width = next(iter(correction.a.rows))
         yield f"correction: rank={correction.rank} at {width} bits a value, {bits:.2f} bits"
     if adapter := program.find(name, Adapter):
         yield f"adapter: rank={adapter.rank} scaling={adapter.scaling:g}"

@@ -6,14 +6,30 @@ docs/storage-format.md is the specification; this file is its only implementatio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lowra.compiler.compact import (
+    PLAIN,
+    Compact,
+    decode_levels,
+    decode_scales,
+    encode_levels,
+    encode_scales,
+    span_of,
+)
 from lowra.compiler.errors import CheckpointError
-from lowra.compiler.packing import WIDTHS, pack_rows, row_words
+from lowra.compiler.packing import (
+    FORMATS,
+    levels_of,
+    pack_rows,
+    row_words,
+    width_id,
+    width_of,
+)
 from lowra.compiler.rotation import Rotation
 
 NO_SCALES = 0
@@ -23,8 +39,9 @@ ROW_WIDTH_BITS = 4
 
 UNROTATED = Rotation()
 
-ROLES = ("codes", "codebooks", "scales", "row_widths")
-"""Stored tensors of a site, as suffixes of the module's qualified name."""
+ROLES = ("codes", "codebooks", "codebook_tops", "scales", "scale_reach", "row_widths")
+"""Stored tensors of a site, as suffixes of the module's qualified name; `codebook_tops` and
+`scale_reach` are there where codebooks and scales are stored in fewer bits than 16."""
 
 
 def scale_groups(k: int, group: int) -> int:
@@ -34,26 +51,43 @@ def scale_groups(k: int, group: int) -> int:
     return 1 if group == ROW_SCALES else -(-k // group)
 
 
-def row_bits(k: int, width: int, group: int, shared: bool) -> int:
+def row_bits(k: int, width: float, group: int, shared: bool, compact: Compact = PLAIN) -> int:
     """Stored bits of one row of `width`: codes with padding, scales, own codebook, width tag."""
-    codebook = 0 if shared else 16 << width
-    return 32 * row_words(k, width) + 16 * scale_groups(k, group) + codebook + ROW_WIDTH_BITS
+    id = width_id(width)
+    codebook = 0 if shared else _table_bits(width, compact)
+    scales = compact.scale_bits * scale_groups(k, group)
+    tops = 16 if compact.scale_bits < 16 and group > 0 else 0
+    return 32 * row_words(k, id) + scales + tops + codebook + ROW_WIDTH_BITS
 
 
-def site_bits(n: int, widths: tuple[int, ...], shared: bool) -> int:
-    """Bits beside the rows: shared codebooks of `widths`, and the odd row's half-empty byte."""
-    return (sum(16 << width for width in widths) if shared else 0) + ROW_WIDTH_BITS * (n % 2)
+def _table_bits(width: float, compact: Compact) -> int:
+    top = 0 if compact.codebook_bits == 16 else 16
+    return compact.codebook_bits * levels_of(width_id(width)) + top
+
+
+def site_bits(
+    n: int, widths: tuple[float, ...], shared: bool,
+    compact: Compact = PLAIN, group: int = NO_SCALES, k: int = 1,
+) -> int:  # fmt: skip
+    """Bits beside the rows: shared codebooks of `widths`, the reach of compact row scales, and the
+    half-empty bytes of an odd count of widths and of 4-bit scales."""
+    bits = sum(_table_bits(width, compact) for width in widths) if shared else 0
+    bits += ROW_WIDTH_BITS * (n % 2)
+    bits += 32 if compact.scale_bits < 16 and group == ROW_SCALES else 0
+    return bits + (4 * (n * scale_groups(k, group) % 2) if compact.scale_bits == 4 else 0)
 
 
 def panels_of(row_widths: Tensor) -> tuple[tuple[int, int], ...]:
-    """(width, rows) per panel, widest first, of per-row widths [n]."""
-    counts = torch.bincount(row_widths.long(), minlength=9).tolist()
-    return tuple((width, counts[width]) for width in sorted(WIDTHS, reverse=True) if counts[width])
+    """(width id, rows) per panel, widest first, of per-row width ids [n]."""
+    counts = torch.bincount(row_widths.long(), minlength=max(FORMATS) + 1).tolist()
+    return tuple((id, counts[id]) for id in FORMATS if counts[id])
 
 
 def row_order(row_widths: Tensor) -> Tensor:
     """int32 [n]: the original index of each stored row (widest first, else in order)."""
-    return torch.argsort(row_widths.long(), descending=True, stable=True).to(torch.int32)
+    place = torch.zeros(max(FORMATS) + 1, dtype=torch.int64, device=row_widths.device)
+    place[list(FORMATS)] = torch.arange(len(FORMATS), device=row_widths.device)
+    return torch.argsort(place[row_widths.long()], stable=True).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -61,12 +95,14 @@ class PackedWeight:
     """A weight [n, k] as stored.
 
     Invariants, checked on construction:
-    - `row_widths` uint8 [n], in original row order, each one of 1, 2, 3, 4, 8;
+    - `row_widths` uint8 [n], in original row order: ids of widths, 1, 2, 3, 4, 8, or 9 for 1.6;
     - stored rows are sorted by width, widest first and otherwise in order; a run is a *panel*;
     - `codes` int32, flat: the panels one after another, each as `pack_rows` makes it;
-    - `codebooks` float16, flat: 2^width values per panel (shared), or per stored row;
+    - `codebooks` float16, flat: 2^width (1.6 bits: 3) values per panel (shared), or per stored row;
     - `scales` float16, flat [n * groups] in stored row order, or None with `group` = 0;
       `group` = -1 is one scale per row, else columns per scale.
+    - `encoded`: by role, what is stored in place of `codebooks` and `scales` where these take fewer
+      bits (lowra.compiler.compact); the two are then what it decodes to.
     A weight of code c in stored row r is `codebook[c] * scale`, in the coordinates of `rotation`.
     """
 
@@ -78,6 +114,7 @@ class PackedWeight:
     scales: Tensor | None
     group: int = NO_SCALES
     rotation: Rotation = UNROTATED
+    encoded: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __post_init__(self) -> None:
         for what, right in self._checks():
@@ -88,10 +125,10 @@ class PackedWeight:
         widths = self.row_widths
         if widths.dtype != torch.uint8 or tuple(widths.shape) != (self.n,):
             return [(f"row widths are {widths.dtype} {list(widths.shape)}, not uint8", False)]
-        legal = bool(torch.isin(widths, torch.tensor(WIDTHS, dtype=torch.uint8)).all())
+        legal = bool(torch.isin(widths, torch.tensor([*FORMATS], dtype=torch.uint8)).all())
         if not legal:
-            return [(f"a row width is not one of {WIDTHS}", False)]
-        words = sum(rows * row_words(self.k, width) for width, rows in self.panels)
+            return [(f"a row width's id is not one of {sorted(FORMATS)}", False)]
+        words = sum(rows * row_words(self.k, id) for id, rows in self.panels)
         values = self.codebooks.numel()
         factors = self.codebooks[:0] if self.scales is None else self.scales
         scales = factors.numel()
@@ -119,12 +156,17 @@ class PackedWeight:
         ]
 
     def _codebook_values(self, shared: bool) -> int:
-        return sum((1 if shared else rows) << width for width, rows in self.panels)
+        return sum((1 if shared else rows) * levels_of(id) for id, rows in self.panels)
 
     @cached_property
     def panels(self) -> tuple[tuple[int, int], ...]:
-        """(width, rows) of each panel, widest first."""
+        """(width id, rows) of each panel, widest first."""
         return panels_of(self.row_widths)
+
+    @property
+    def rows(self) -> dict[float, int]:
+        """Rows of each width, widest first."""
+        return {width_of(id): rows for id, rows in self.panels}
 
     @property
     def shared(self) -> bool:
@@ -137,6 +179,15 @@ class PackedWeight:
         return row_order(self.row_widths)
 
     @property
+    def compact(self) -> Compact:
+        """In how many bits scales and codebook values are stored."""
+        codes = self.encoded.get("scales")
+        scale_bits = 16
+        if codes is not None and self.scales is not None:
+            scale_bits = 8 if codes.numel() == self.scales.numel() else 4
+        return Compact(scale_bits, 8 if "codebook_tops" in self.encoded else 16)
+
+    @property
     def weights(self) -> int:
         return self.n * self.k
 
@@ -145,6 +196,7 @@ class PackedWeight:
         stored = {"codes": self.codes, "codebooks": self.codebooks}
         if self.scales is not None:
             stored["scales"] = self.scales
+        stored |= self.encoded
         stored["row_widths"] = self._packed_widths
         return stored
 
@@ -156,9 +208,12 @@ class PackedWeight:
         """8 x the bytes of every stored tensor."""
         return 8 * sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def code_bits(self) -> int:
-        """Bits of the codes alone, without padding: what the LowRA paper counts (section 6.2)."""
-        return int(self.row_widths.sum(dtype=torch.int64)) * self.k
+    def code_bits(self) -> float:
+        """Bits of the codes alone, without padding: what the LowRA paper counts (section 6.2).
+
+        A ternary code counts as the 1.6 bits that it takes in a word, not as its log2(3) = 1.585.
+        """
+        return sum(width * rows for width, rows in self.rows.items()) * self.k
 
     def op_args(self) -> tuple[object, ...]:
         """The packed arguments of every `lowra::` op, in the order of the schema."""
@@ -197,22 +252,111 @@ def from_tensors(
     if packed_widths.dtype != torch.uint8 or packed_widths.numel() != -(-n // 2):
         raise CheckpointError(f"row widths of [{n}, {k}] hold {packed_widths.numel()} bytes")
     widths = unpack_nibbles(packed_widths, n)
-    scales = stored.get("scales")
-    return PackedWeight(n, k, widths, stored["codes"], stored["codebooks"], scales, group, rotation)
+    if not bool(torch.isin(widths, torch.tensor([*FORMATS], dtype=torch.uint8)).all()):
+        raise CheckpointError(f"a row width's id of [{n}, {k}] is not one of {sorted(FORMATS)}")
+    try:
+        codebooks = _decoded_codebooks(stored, widths)
+        scales = _decoded_scales(stored, n, scale_groups(k, group), group == ROW_SCALES)
+    except CheckpointError as error:
+        raise CheckpointError(f"packed weight [{n}, {k}]: {error}") from error
+    roles = [*(("codebooks", "codebook_tops") if "codebook_tops" in stored else ())]
+    roles += [*(("scales", "scale_reach") if "scale_reach" in stored else ())]
+    encoded = {role: stored[role] for role in roles}
+    return PackedWeight(n, k, widths, stored["codes"], codebooks, scales, group, rotation, encoded)
+
+
+def _decoded_codebooks(stored: Mapping[str, Tensor], row_widths: Tensor) -> Tensor:
+    values, tops = stored["codebooks"], stored.get("codebook_tops")
+    if tops is None:
+        return values
+    _check_reach("codebook_tops", tops)
+    panels = panels_of(row_widths)
+    for tables in ([1] * len(panels), [rows for _, rows in panels]):
+        sizes = [levels_of(id) for (id, _), count in zip(panels, tables, strict=True)
+                 for _ in range(count)]  # fmt: skip
+        if values.numel() == sum(sizes) and tops.numel() == len(sizes):
+            if values.dtype != torch.int8:
+                raise CheckpointError(f"codebooks with tops are {values.dtype}, not int8")
+            spread = torch.tensor(sizes, device=tops.device)
+            return decode_levels(values, tops.repeat_interleave(spread))
+    raise CheckpointError(f"{values.numel()} codebook values do not fit {tops.numel()} tops")
+
+
+def _decoded_scales(
+    stored: Mapping[str, Tensor], n: int, groups: int, per_row: bool
+) -> Tensor | None:
+    codes, reach = stored.get("scales"), stored.get("scale_reach")
+    if codes is None or reach is None:
+        return codes
+    _check_reach("scale_reach", reach)
+    count = n * groups
+    if codes.dtype != torch.uint8 or codes.dim() != 1 or not count:
+        raise CheckpointError(f"scales with a reach are {codes.dtype}, not flat uint8")
+    if codes.numel() not in (count, -(-count // 2)) or reach.numel() != (2 if per_row else n):
+        raise CheckpointError(f"{codes.numel()} scale codes, {reach.numel()} reaches: not {count}")
+    if per_row and not 0 < float(reach[0]) <= float(reach[1]):
+        raise CheckpointError(f"scales reach from {float(reach[0])} to {float(reach[1])}")
+    bits = 8 if codes.numel() == count else 4
+    values = codes if bits == 8 else unpack_nibbles(codes, count)
+    return decode_scales(values.view(n, groups), bits, reach, per_row).reshape(-1)
+
+
+def _check_reach(role: str, values: Tensor) -> None:
+    good = values.dtype == torch.float16 and values.dim() == 1
+    if not good or not bool((torch.isfinite(values) & (values >= 0)).all()):
+        raise CheckpointError(f"{role} are not flat, finite float16 of 0 or more")
+
+
+def encode_tables(
+    row_widths: Tensor, codebooks: Tensor, scales: Tensor | None, group: int,
+    compact: Compact, span: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What stands in a file for `codebooks` and `scales` (flat, in stored order), by role.
+
+    `span` is the grid of compact scales per row; by default it is taken from the scales.
+    """
+    stored = {"codebooks": codebooks.to(torch.float16)}
+    if compact.codebook_bits == 8:
+        parts = [encode_levels(table.view(1, -1)) for table in _tables(row_widths, codebooks)]
+        stored["codebooks"] = torch.cat([codes.view(-1) for codes, _ in parts])
+        stored["codebook_tops"] = torch.cat([tops for _, tops in parts])
+    if scales is None:
+        return stored
+    stored["scales"] = scales.to(torch.float16)
+    if compact.scale_bits == 16:
+        return stored
+    if group == ROW_SCALES and span is None:
+        span = span_of(scales)
+    # A single 4-bit scale takes a byte anyway, and a reader could not tell it from one of 8 bits.
+    bits = 8 if scales.numel() == 1 else compact.scale_bits
+    codes, reach = encode_scales(scales.view(row_widths.numel(), -1), bits, span)
+    stored["scales"] = codes.view(-1) if bits == 8 else pack_nibbles(codes.view(-1))
+    stored["scale_reach"] = reach
+    return stored
+
+
+def _tables(row_widths: Tensor, codebooks: Tensor) -> list[Tensor]:
+    """The codebooks one by one, shared or per row."""
+    panels = panels_of(row_widths)
+    shared = codebooks.numel() == sum(levels_of(id) for id, _ in panels)
+    sizes = [size for id, rows in panels for size in [levels_of(id)] * (1 if shared else rows)]
+    return list(codebooks.split(sizes))
 
 
 def pack_weight(
     codes: Tensor,
     row_widths: Tensor,
-    codebooks: Tensor | Mapping[int, Tensor],
+    codebooks: Tensor | Mapping[float, Tensor],
     scales: Tensor | None,
     group: int = NO_SCALES,
     rotation: Rotation = UNROTATED,
+    compact: Compact = PLAIN,
+    span: Tensor | None = None,
 ) -> PackedWeight:
-    """Pack codes into storage.
+    """Pack codes into storage; codebooks and scales are rounded to what `compact` stores.
 
-    Parameters: `codes` integers [n, k] and `row_widths` uint8 [n] in original row order;
-    `codebooks` either float [n, >= 2^width] (one table per row) or {width: float [2^width]}
+    Parameters: `codes` integers [n, k] and `row_widths` uint8 [n] (ids) in original row order;
+    `codebooks` either float [n, >= levels] (one table per row) or {width: float [levels]}
     (shared by a panel); `scales` float [n, groups] in original row order, or None.
     """
     n, k = codes.shape
@@ -221,15 +365,15 @@ def pack_weight(
     words: list[Tensor] = []
     tables: list[Tensor] = []
     start = 0
-    for width, rows in panels_of(row_widths):
+    for id, rows in panels_of(row_widths):
         index = order[start : start + rows]
-        words.append(pack_rows(codes[index], width))
+        words.append(pack_rows(codes[index], id))
         if isinstance(codebooks, Mapping):
-            tables.append(codebooks[width].to(torch.float16))
+            tables.append(codebooks[width_of(id)].float())
         else:
-            tables.append(codebooks[index, : 1 << width].to(torch.float16).reshape(-1))
+            tables.append(codebooks[index, : levels_of(id)].float().reshape(-1))
         start += rows
-    stored_scales = None if scales is None else scales[order].to(torch.float16).reshape(-1)
-    return PackedWeight(
-        n, k, row_widths, torch.cat(words), torch.cat(tables), stored_scales, group, rotation
-    )
+    flat = None if scales is None else scales[order].reshape(-1)
+    stored = encode_tables(row_widths, torch.cat(tables), flat, group, compact, span)
+    stored |= {"codes": torch.cat(words), "row_widths": pack_nibbles(row_widths)}
+    return from_tensors(stored, n, k, group, rotation)

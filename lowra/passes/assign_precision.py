@@ -13,6 +13,7 @@ from lowra.compiler.correction import correction_bits
 from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError, RecipeError
 from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
+from lowra.compiler.packing import TERNARY, width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.progress import stage
@@ -69,23 +70,27 @@ class AssignPrecision(Pass):
                 plan, budget, ranks = self._knapsack(program, books, rows, widths)
         return _with_plan(program, cost, widths, plan, budget, ranks)
 
-    def _paper(self, program: Program, cost: Floats, widths: tuple[int, ...]) -> Assignment:
+    def _paper(self, program: Program, cost: Floats, widths: tuple[float, ...]) -> Assignment:
         counted = self.adapter_rank or self.ranks or self.correction_rank
         if self.pins or self.unit != "row" or counted:
             raise RecipeError("rule=paper knows no pins, layers or adapters; use rule=default")
+        if TERNARY in widths:
+            raise RecipeError(
+                "rule=paper counts whole bits and knows no width 1.6; use rule=default"
+            )
         from lowra.passes.solver import solve_two_level
 
         sizes = np.concatenate([np.full(site.n, site.k) for site in program.sites])
-        return solve_two_level(cost, sizes, widths, self.budget)
+        return solve_two_level(cost, sizes, tuple(map(int, widths)), self.budget)
 
     def _knapsack(
-        self, program: Program, books: dict[str, Codebooks], rows: Rows, widths: tuple[int, ...]
+        self, program: Program, books: dict[str, Codebooks], rows: Rows, widths: tuple[float, ...]
     ) -> tuple[Assignment, int, tuple[int, ...] | None]:
         from lowra.passes.solver import solve_knapsack
 
         cost = self._pinned(program, rows.cost, widths)
-        shared = books[program.sites[0].name].shared
-        cost, budget = self._affordable(program, cost, rows.bits, widths, shared)
+        layout = books[program.sites[0].name]
+        cost, budget = self._affordable(program, cost, rows.bits, widths, layout)
         if self.ranks:
             from lowra.passes.rank_options import solve_with_ranks
 
@@ -118,8 +123,9 @@ class AssignPrecision(Pass):
         return siblings(program)
 
     def _affordable(
-        self, program: Program, cost: Floats, bits: Ints, widths: tuple[int, ...], shared: bool
-    ) -> tuple[Floats, int]:
+        self, program: Program, cost: Floats, bits: Ints, widths: tuple[float, ...],
+        layout: Codebooks,
+    ) -> tuple[Floats, int]:  # fmt: skip
         """Costs of the widths whose shared codebooks fit, and the bits left for rows.
 
         Where the tables of all widths leave too little, the widest go first, pinned ones excepted.
@@ -132,24 +138,30 @@ class AssignPrecision(Pass):
             open_ = np.array([width in used for width in widths])
             allowed = np.where(open_, cost, np.inf)
             stored = tuple(width for width in widths if width in used)
-            budget = self.row_budget(program.sites, stored, shared)
+            budget = self.row_budget(program.sites, stored, layout)
             low = int(np.where(np.isfinite(allowed), bits, UNREACHABLE).min(1).sum())
             if low <= budget:
                 return allowed, budget
             least = min(least, low + total - budget)
-        most = int(bits.max(1).sum()) + total - self.row_budget(program.sites, widths, shared)
+        most = int(bits.max(1).sum()) + total - self.row_budget(program.sites, widths, layout)
         raise BudgetError(self._unreachable(program, widths, least, most))
 
-    def row_budget(self, sites: tuple[Site, ...], widths: tuple[int, ...], shared: bool) -> int:
+    def row_budget(
+        self, sites: tuple[Site, ...], widths: tuple[float, ...], layout: Codebooks
+    ) -> int:
         """Bits left for rows: the budget less what sites store beside rows, and counted LoRA."""
         total = int(self.budget * sum(site.weights for site in sites))
-        beside = sum(site_bits(site.n, widths, shared) for site in sites)
+        beside = sum(
+            site_bits(s.n, widths, layout.shared, layout.compact, layout.group, s.k) for s in sites
+        )
         lora = sum(16 * self.adapter_rank * (site.n + site.k) for site in sites)
         rank, bits = self.correction_rank, self.correction_bits
         corrections = sum(correction_bits(site.n, site.k, rank, bits) for site in sites)
         return total - beside - lora - corrections
 
-    def _unreachable(self, program: Program, widths: tuple[int, ...], least: int, most: int) -> str:
+    def _unreachable(
+        self, program: Program, widths: tuple[float, ...], least: int, most: int
+    ) -> str:
         weights = sum(site.weights for site in program.sites)
         books = program.fact(program.sites[0].name, Codebooks)
         pins = f" with pins {', '.join(self.pins)}" if self.pins else ""
@@ -157,19 +169,19 @@ class AssignPrecision(Pass):
         bill = bill_of_pins(
             program.sites,
             self._pins(program, widths),
-            lambda site, width: site.n * row_bits(site.k, width, books.group, books.shared),  # pyright: ignore
+            lambda site, width: site.n * _bits_of_row(site, width, books),
         )
         return (
             f"bit_budget={self.budget:g} is out of reach{pins}: this model can be stored in "
             f"{low:.3f} to {high:.3f} bits per weight{bill}"
         )
 
-    def _pins(self, program: Program, widths: tuple[int, ...]) -> dict[str, Pin]:
+    def _pins(self, program: Program, widths: tuple[float, ...]) -> dict[str, Pin]:
         return pinned_widths(
             program.sites, self.site_groups(program), parse_pins(self.pins, widths)
         )
 
-    def _pinned(self, program: Program, cost: Floats, widths: tuple[int, ...]) -> Floats:
+    def _pinned(self, program: Program, cost: Floats, widths: tuple[float, ...]) -> Floats:
         """The costs with inf at every width that a pin excludes."""
         names = [site.name for site in program.sites]
         select(names, [pin.rpartition("=")[0] for pin in self.pins], "pins")
@@ -183,24 +195,28 @@ class AssignPrecision(Pass):
         return cost
 
 
-def _bits_of_rows(program: Program, books: dict[str, Codebooks], widths: Sequence[int]) -> Ints:
+def _bits_of_row(site: Site, width: float, layout: Codebooks) -> int:
+    return row_bits(site.k, width, layout.group, layout.shared, layout.compact)
+
+
+def _bits_of_rows(program: Program, books: dict[str, Codebooks], widths: Sequence[float]) -> Ints:
     first = books[program.sites[0].name]
     per_site = [
-        np.tile([row_bits(s.k, b, first.group, first.shared) for b in widths], (s.n, 1))
-        for s in program.sites
+        np.tile([_bits_of_row(s, b, first) for b in widths], (s.n, 1)) for s in program.sites
     ]
     return np.concatenate(per_site).astype(np.int64)
 
 
 def _with_plan(
-    program: Program, cost: Floats, widths: tuple[int, ...], plan: Assignment, budget: int,
+    program: Program, cost: Floats, widths: tuple[float, ...], plan: Assignment, budget: int,
     ranks: tuple[int, ...] | None,
 ) -> Program:  # fmt: skip
     """The program with Precision, Assigned, and AdapterRank where ranks were chosen."""
     bound = plan.bound if ranks is None else None  # of the joint program nothing is proven
     proof = Proof(plan.cost, plan.bits, budget, bound, plan.price)
     ends = np.cumsum([site.n for site in program.sites])[:-1]
-    chosen = np.split(np.asarray(widths, dtype=np.uint8)[plan.choice], ends)
+    ids = np.asarray([*map(width_id, widths)], dtype=np.uint8)
+    chosen = np.split(ids[plan.choice], ends)
     lost = np.split(cost[np.arange(len(cost)), plan.choice], ends)
     facts: dict[str, list[object]] = {}
     for site, part, loss in zip(program.sites, chosen, lost, strict=True):

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowra.compiler.compact import PLAIN, Compact, round_levels, round_scales, span_of
 from lowra.compiler.errors import RecipeError, WeightError
 from lowra.compiler.facts import Codebooks, Statistics
+from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
@@ -36,6 +38,8 @@ class FitCodebooks(Pass):
     rule "paper": LowRA (ICML 2025, section 5): absmax scales, start at NormalFloat, weight absmax,
     2 iterations, blind to inputs; `threshold_average` says what its thresholds are averaged over
     (see `learn_mapping`).
+    scale_bits, codebook_bits: in what scales (16, 8, 4) and levels (16, 8) are stored; both are
+    rounded to it here, so that every later choice sees what the file will hold.
     `loss` is the expected rise of the model's loss where sensitivities are known, else the share of
     the site's output energy that is lost ("paper": squared weight error, as its section 6 counts).
     """
@@ -43,15 +47,19 @@ class FitCodebooks(Pass):
     name: ClassVar[str] = "fit-codebooks"
     reads: ClassVar = (Rotation, Statistics)
     writes: ClassVar = (Codebooks,)
-    widths: tuple[int, ...] = (1, 2, 3, 4)
+    widths: tuple[float, ...] = (1, 2, 3, 4)
     group: int = ROW_SCALES
     shared: bool = True
     rule: str = "default"
     threshold_average: str = "iterations"
+    scale_bits: int = 16
+    codebook_bits: int = 16
 
     def run(self, program: Program) -> Program:
         if self.group == NO_SCALES and (self.shared or self.rule == "paper"):
             raise RecipeError("group=0 stores no scales: it needs shared=false and rule=default")
+        if self.rule == "paper" and self._compact != PLAIN:
+            raise RecipeError("rule=paper stores scales and codebooks in 16 bits")
         facts: dict[str, list[object]] = {}
         moments = MomentsReader(program)
         with stage("codebooks", len(program.sites)) as bar:
@@ -72,8 +80,13 @@ class FitCodebooks(Pass):
         return Codebooks(
             self.widths, {b: stored[f"levels.{b}"] for b in self.widths}, scales or None,
             stored["loss"], self.group, self.shared and self.rule != "paper",
-            absmax=self.rule == "paper", thresholds=borders or None,
+            absmax=self.rule == "paper", thresholds=borders or None, compact=self._compact,
+            span=stored.get("span"),
         )  # fmt: skip
+
+    @property
+    def _compact(self) -> Compact:
+        return Compact(self.scale_bits, self.codebook_bits)
 
     def _fit(self, program: Program, site: Site, reader: MomentsReader) -> Codebooks:
         rotation = program.fact(site.name, Rotation)
@@ -83,19 +96,23 @@ class FitCodebooks(Pass):
         statistics = program.fact(site.name, Statistics)
         moments = reader.read(site)
         variance = moments.factor.conditional_variance()
-        levels: dict[int, Tensor] = {}
-        scales: dict[int, Tensor] = {}
+        levels: dict[float, Tensor] = {}
+        scales: dict[float, Tensor] = {}
         losses: list[Tensor] = []
         start = self._first_scales(weight)
         fits = self._lloyd(*_normalized(weight, variance, start, self.group))
         for width, first in zip(self.widths, fits, strict=True):
             fit, scale = self._with_scales(first, weight, variance, start)
-            levels[width] = _half(fit.levels, site)
+            levels[width] = round_levels(_half(fit.levels, site), self._compact)
             scales[width] = _half(scale, site)
             losses.append(fit.loss)
+        span = None
+        if self.scale_bits < 16 and self.group == ROW_SCALES:
+            span = span_of(torch.cat([*scales.values()]))
+        scales = {b: round_scales(scale, self._compact, span) for b, scale in scales.items()}
         books = Codebooks(
             self.widths, levels, None if self.group == NO_SCALES else scales,
-            torch.stack(losses, dim=1), self.group, self.shared,
+            torch.stack(losses, dim=1), self.group, self.shared, compact=self._compact, span=span,
         )  # fmt: skip
         ratio = _measured_over_expected(weight, moments, books)
         cost = _row_weight(statistics, weight, moments.gram)
@@ -156,14 +173,14 @@ class FitCodebooks(Pass):
 
 
 def paper_codebooks(
-    weight: Tensor, widths: tuple[int, ...], group: int, threshold_average: str
+    weight: Tensor, widths: tuple[float, ...], group: int, threshold_average: str
 ) -> Codebooks:
     """LowRA's mappings, thresholds and absmax scales of float32 [n, k], and each row's MSE."""
     scales = block_absmax(weight, group)
     absmax = torch.where(scales == 0, 1.0, scales)[:, scale_index(weight.shape[1], group)]
     stored = scales.half().float()
-    levels: dict[int, Tensor] = {}
-    thresholds: dict[int, Tensor] = {}
+    levels: dict[float, Tensor] = {}
+    thresholds: dict[float, Tensor] = {}
     losses: list[Tensor] = []
     for width in widths:
         mapping = learn_mapping(weight / absmax, absmax, width, threshold_average)
@@ -182,8 +199,9 @@ def _flat(books: Codebooks) -> dict[str, Tensor]:
     """Codebooks as named tensors."""
     scales = {f"scales.{b}": scale.clone() for b, scale in (books.scales or {}).items()}
     borders = {f"thresholds.{b}": table for b, table in (books.thresholds or {}).items()}
+    span = {} if books.span is None else {"span": books.span}
     levels = {f"levels.{b}": table for b, table in books.levels.items()}
-    return levels | scales | borders | {"loss": books.loss}
+    return levels | scales | borders | span | {"loss": books.loss}
 
 
 def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:
@@ -206,7 +224,9 @@ def _measured_over_expected(weight: Tensor, moments: InputMoments, books: Codebo
     """
     n, count = weight.shape[0], len(books.widths)
     rows = torch.linspace(0, n - 1, min(n, SAMPLED_ROWS)).round().long().unique()
-    widths = torch.tensor(books.widths, dtype=torch.uint8).repeat_interleave(len(rows))
+    widths = torch.tensor([*map(width_id, books.widths)], dtype=torch.uint8).repeat_interleave(
+        len(rows)
+    )
     every = _select(books, rows.repeat(count))
     target = weight[rows].repeat(count, 1)
     tables, scales = row_tables(every, widths)

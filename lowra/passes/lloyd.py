@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NORMAL_FLOAT: dict[int, tuple[float, ...]] = {
+from lowra.compiler.packing import levels_of, width_id
+
+NORMAL_FLOAT: dict[float, tuple[float, ...]] = {
     1: (-1.0, 1.0),
     2: (-1.0, 0.0, 0.3379, 1.0),
     4: (
@@ -18,7 +20,7 @@ NORMAL_FLOAT: dict[int, tuple[float, ...]] = {
         0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
     ),
 }  # fmt: skip
-"""Starting levels of the paper (Listing 1); 3 and 8 bits are filled in by `normal_float`."""
+"""Starting levels of the paper (Listing 1); other widths are filled in by `normal_float`."""
 
 ITERATIONS = 200
 TOLERANCE = 1e-6
@@ -97,9 +99,9 @@ def fit_shared(
 
 
 @functools.lru_cache(maxsize=16)
-def gaussian_levels(width: int) -> Tensor:
-    """Lloyd-Max levels float64 [2^width] of the standard normal distribution."""
-    count = 1 << width
+def gaussian_levels(width: float) -> Tensor:
+    """Lloyd-Max levels float64 of the standard normal distribution: 2^width, or 3 at 1.6 bits."""
+    count = levels_of(width_id(width))
     normal = torch.distributions.Normal(0.0, 1.0)
     grid = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
     samples = normal.icdf(grid).view(1, -1)
@@ -110,8 +112,8 @@ def gaussian_levels(width: int) -> Tensor:
     return (half - half.flip(0)) / 2
 
 
-def normal_float(width: int) -> Tensor:
-    """The paper's starting levels in [-1, 1]; for 3 and 8 bits, scaled Gaussian levels."""
+def normal_float(width: float) -> Tensor:
+    """The paper's starting levels in [-1, 1]; for other widths, scaled Gaussian levels."""
     if width in NORMAL_FLOAT:
         return torch.tensor(NORMAL_FLOAT[width], dtype=torch.float64)
     levels = gaussian_levels(width)

@@ -20,7 +20,7 @@ ITERATIONS = 2
 AVERAGES = ("iterations", "channels", "none")
 """How thresholds are averaged; see `learn_mapping`."""
 
-START_THRESHOLDS: dict[int, tuple[float, ...]] = {1: (0.0,), 2: (-0.5, 0.16895762, 0.66895762)}
+START_THRESHOLDS: dict[float, tuple[float, ...]] = {1: (0.0,), 2: (-0.5, 0.16895762, 0.66895762)}
 """Listing 1; NormalFloat's midpoints at other widths, which these are too, up to rounding."""
 
 CHUNK = 1 << 20
@@ -42,7 +42,7 @@ def block_absmax(weight: Tensor, group: int) -> Tensor:
     return start.scatter_reduce_(1, index.expand_as(weight), weight.abs(), "amax")
 
 
-def start_mapping(width: int, rows: int) -> Mapping:
+def start_mapping(width: float, rows: int) -> Mapping:
     """NormalFloat, the same for every row."""
     levels = normal_float(width)
     middle = (levels[1:] + levels[:-1]) / 2
@@ -52,7 +52,7 @@ def start_mapping(width: int, rows: int) -> Mapping:
 
 
 def learn_mapping(
-    values: Tensor, weights: Tensor, width: int, average: str, iterations: int = ITERATIONS
+    values: Tensor, weights: Tensor, width: float, average: str, iterations: int = ITERATIONS
 ) -> Mapping:
     """Lloyd on values [n, k] with sample weights [n, k], both float32.
 

@@ -157,4 +157,4 @@ def _decided(program: Program, site: Site) -> str:
     decided |= {f"thresholds.{b}": table for b, table in (books.thresholds or {}).items()}
     decided["widths"] = program.fact(site.name, Precision).row_widths
     rotation = program.fact(site.name, Rotation)
-    return f"{rotation} {books.group} {fingerprint_of(decided)}"
+    return f"{rotation} {books.group} {books.compact} {fingerprint_of(decided)}"

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowra.compiler.compact import PLAIN, Compact, round_levels, round_scales
 from lowra.compiler.facts import Codebooks
+from lowra.compiler.packing import levels_of, width_of
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight
 from lowra.passes.feedback import descend_codes, feedback_codes, nearest_codes, scale_index
@@ -31,23 +33,25 @@ def quantize(
         codes = nearest_codes(weight, tables, scales, books.group, borders)
     else:
         codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
-        state = Rounded(codes, tables, scales, books.group, books.shared)
+        state = Rounded(codes, tables, scales, books.group, books.shared, books.compact, books.span)
         state = refine(weight, moments.gram, state, rounds)
         codes, tables, scales = state.codes, state.tables, state.scales
-    shared = {b: books.levels[b] for b in row_widths.unique().tolist()} if books.shared else None
-    return pack_weight(codes, row_widths, shared or tables, scales, books.group, rotation)
+    stored = books.levels if books.shared else tables
+    return pack_weight(
+        codes, row_widths, stored, scales, books.group, rotation, books.compact, books.span
+    )
 
 
 def row_tables(books: Codebooks, row_widths: Tensor) -> tuple[Tensor, Tensor | None]:
     """Levels [n, L] (narrow rows filled with +inf) and scales [n, groups] at the rows' widths."""
     n = row_widths.shape[0]
-    used = [int(b) for b in row_widths.unique()]
-    tables = torch.full((n, 1 << max(used)), torch.inf)
+    used = [int(id) for id in row_widths.unique()]
+    tables = torch.full((n, max(map(levels_of, used))), torch.inf)
     scales: Tensor | None = None
-    for width in used:
-        rows = row_widths == width
+    for id in used:
+        rows, width = row_widths == id, width_of(id)
         levels = books.levels[width]
-        tables[rows, : 1 << width] = levels if books.shared else levels[rows]
+        tables[rows, : levels_of(id)] = levels if books.shared else levels[rows]
         if books.scales is not None:
             scales = torch.zeros(n, books.scales[width].shape[1]) if scales is None else scales
             scales[rows] = books.scales[width][rows]
@@ -58,11 +62,11 @@ def row_thresholds(books: Codebooks, row_widths: Tensor) -> Tensor | None:
     """Thresholds [n, L - 1] at the rows' widths, narrow rows filled with +inf; None for middles."""
     if books.thresholds is None:
         return None
-    used = [int(b) for b in row_widths.unique()]
-    borders = torch.full((row_widths.shape[0], (1 << max(used)) - 1), torch.inf)
-    for width in used:
-        rows = row_widths == width
-        borders[rows, : (1 << width) - 1] = books.thresholds[width][rows]
+    used = [int(id) for id in row_widths.unique()]
+    borders = torch.full((row_widths.shape[0], max(map(levels_of, used)) - 1), torch.inf)
+    for id in used:
+        rows = row_widths == id
+        borders[rows, : levels_of(id) - 1] = books.thresholds[width_of(id)][rows]
     return borders
 
 
@@ -75,6 +79,8 @@ class Rounded:
     scales: Tensor | None
     group: int
     shared: bool = False
+    compact: Compact = PLAIN
+    span: Tensor | None = None
 
     def values(self) -> Tensor:
         """What the codes stand for: float32 [n, k]."""
@@ -137,7 +143,7 @@ def _keep_lower(
 def relevelled(gram: Tensor, state: Rounded, slope: Tensor) -> Rounded:
     """Each row's best codebook for its codes, rounded as they are stored, in rising order."""
     tables = refit_levels(gram, slope, state.codes, state.tables, state.column_scales())
-    tables, order = tables.half().float().sort(1)
+    tables, order = round_levels(tables, state.compact).sort(1)
     return replace(state, tables=tables, codes=order.argsort(1).gather(1, state.codes))
 
 
@@ -164,5 +170,8 @@ def rescaled(weight: Tensor, energy: Tensor, state: Rounded, slope: Tensor) -> R
     below = above - (value * slope).sum(1)
     factor = torch.where((below > 0) & (above > 0), above / below.clamp_min(1e-30), 1.0)
     if state.scales is None:
-        return replace(state, tables=(state.tables * factor.unsqueeze(1)).half().float())
-    return replace(state, scales=(state.scales * factor.unsqueeze(1)).half().float())
+        return replace(
+            state, tables=round_levels(state.tables * factor.unsqueeze(1), state.compact)
+        )
+    scales = state.scales * factor.unsqueeze(1)
+    return replace(state, scales=round_scales(scales, state.compact, state.span))

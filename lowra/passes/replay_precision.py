@@ -10,6 +10,7 @@ import torch
 from lowra.compiler.correction import correction_bits
 from lowra.compiler.errors import BudgetError, PlanError
 from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
+from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program
 from lowra.compiler.storage import row_bits, site_bits
@@ -44,10 +45,10 @@ class ReplayPrecision(Pass):
                         f"the plan gives {site.name} the width {width}, which its recipe does not "
                         f"fit: {books.widths}; write the plan again"
                     )
-                bits += rows * row_bits(site.k, width, books.group, books.shared)
+                bits += rows * row_bits(site.k, width, books.group, books.shared, books.compact)
             losses[site.name] = _loss(books, program.fact(site.name, Precision))
             used = tuple(program.fact(site.name, Precision).histogram())
-            bits += site_bits(site.n, used, books.shared)
+            bits += site_bits(site.n, used, books.shared, books.compact, books.group, site.k)
             bits += 16 * self._rank(program, site.name) * (site.n + site.k)
             bits += correction_bits(site.n, site.k, self.correction_rank, self.correction_bits)
         weights = sum(site.weights for site in program.sites)
@@ -68,6 +69,6 @@ def _loss(books: Codebooks, precision: Precision) -> float:
     """The sum of the rows' expected losses at their widths."""
     column = torch.zeros(256, dtype=torch.int64)
     for index, width in enumerate(books.widths):
-        column[width] = index
+        column[width_id(width)] = index
     picked = column[precision.row_widths.long()].unsqueeze(1)
     return float(books.loss.gather(1, picked).sum())

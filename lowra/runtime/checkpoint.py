@@ -303,7 +303,7 @@ def _place_sites(
         )  # fmt: skip
         holder = next(m for m in (*site.embeddings, *site.modules) if f"{m}.codes" in tensors)
         packed = _packed(holder, site.n, site.k, entry, tensors)
-        correction = _correction(holder, site, entry["correction"], tensors)
+        correction = _correction(holder, site, entry.get("correction"), tensors)
         place(model, site, packed, _factors(site, entry, tensors), dtype, correction)
         sites.append(site)
     return tuple(sites)

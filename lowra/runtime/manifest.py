@@ -15,6 +15,9 @@ from torch import Tensor
 from lowra.compiler.errors import CheckpointError
 
 FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 is version 2 without ternary rows, compact scales and codebooks, and corrections."""
+
 MANIFEST = "lowra.json"
 KEYS = {"buffers", "checksum", "sites", "checksums", "fingerprint", "recipe", "plan", "report"}
 
@@ -56,21 +59,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         version = manifest["format_version"]
-        complete = set(manifest) >= KEYS or version != FORMAT_VERSION
+        complete = set(manifest) >= KEYS or version not in READABLE
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); write the checkpoint again") from (
             error
         )
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"{path} has format version {version}; this lowra reads {FORMAT_VERSION}. "
-            "Install the lowra that wrote it, or compile again"
+            f"{path} has format version {version}; this lowra reads "
+            f"{' and '.join(map(str, READABLE))}. Install the lowra that wrote it, or compile again"
         )
     if not complete:
         raise CheckpointError(
             f"{file} lacks {', '.join(sorted(KEYS - set(manifest)))}; write the checkpoint again"
         )
-    if version == FORMAT_VERSION and manifest["checksum"] != manifest_checksum(manifest):
+    if manifest["checksum"] != manifest_checksum(manifest):
         raise CheckpointError(f"{file} was damaged or edited; fetch or write the checkpoint again")
     return manifest
 

@@ -10,14 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowra.compiler.correction import Correction
-from lowra.compiler.storage import PackedWeight, panels_of, row_order, unpack_nibbles
+from lowra.compiler.storage import (
+    PackedWeight,
+    encode_tables,
+    from_tensors,
+    panels_of,
+    row_order,
+    unpack_nibbles,
+)
 
 
 class QuantizedModule(nn.Module):
     """Holds one packed weight [n, k] as buffers, in their storage dtypes whatever `.to` is asked.
 
     Buffers `codes`, `codebooks`, `scales` and `row_widths` are the stored tensors; the row order is
-    derived from the widths and not stored. Only the compute dtype follows `.to(dtype)`.
+    derived from the widths and not stored. Only the compute dtype follows `.to(dtype)`. Codebooks
+    and scales that take fewer bits in a file are held decoded; `encoded` has what the state dict
+    gives in their place, made anew where they were trained.
     A frozen low-rank correction is two more packed weights, `correction_A` [r, k] and
     `correction_B` [r, n]; `weight` includes it.
     """
@@ -39,10 +48,11 @@ class QuantizedModule(nn.Module):
         self.n, self.k = weight.n, weight.k
         self.group, self.rotation = weight.group, weight.rotation
         self.panels = weight.panels
-        for role, tensor in weight.tensors().items():
-            self.register_buffer(role, tensor)
-        if weight.scales is None:
-            self.register_buffer("scales", None)
+        self.encoded = dict(weight.encoded)
+        held = {"codes": weight.codes, "row_widths": weight.tensors()["row_widths"]}
+        held |= {"codebooks": weight.codebooks, "scales": weight.scales}
+        for role, tensor in held.items():
+            self.register_buffer(role, tensor, persistent=role not in self.encoded)
         self.register_buffer("order", weight.order, persistent=False)
         self.register_buffer("compute", torch.empty(0, dtype=dtype), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
@@ -92,8 +102,46 @@ class QuantizedModule(nn.Module):
         widths = unpack_nibbles(self.row_widths, self.n)
         return PackedWeight(
             self.n, self.k, widths, self.codes, self.codebooks, self.scales,
-            self.group, self.rotation,
+            self.group, self.rotation, self.stored_tables(),
         )  # fmt: skip
+
+    def stored_tables(self) -> dict[str, Tensor]:
+        """By role, what a file holds in place of codebooks and scales in 16 bits; else empty."""
+        if not self.encoded:
+            return {}
+        old = self._decode(self.encoded)
+        if torch.equal(old.codebooks, self.codebooks) and _same(old.scales, self.scales):
+            return self.encoded
+        widths = unpack_nibbles(self.row_widths, self.n)
+        fresh = encode_tables(widths, self.codebooks, self.scales, self.group, old.compact)
+        return {role: tensor for role, tensor in fresh.items() if role in self.encoded}
+
+    def _decode(self, encoded: dict[str, Tensor]) -> PackedWeight:
+        held = {"codes": self.codes, "row_widths": self.row_widths, "codebooks": self.codebooks}
+        if self.scales is not None:
+            held["scales"] = self.scales
+        return from_tensors(held | encoded, self.n, self.k, self.group, self.rotation)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + role: t for role, t in self.stored_tables().items()}
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found = {r: state_dict[prefix + r] for r in self.encoded if prefix + r in state_dict}
+        missing_keys += [prefix + role for role in self.encoded if role not in found]
+        unexpected_keys[:] = [key for key in unexpected_keys if key[len(prefix) :] not in found]
+        if found:
+            packed = self._decode(self.encoded | found)
+            self.encoded = dict(packed.encoded)
+            self.codebooks, self.scales = packed.codebooks, packed.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = {name: getattr(self, name) for name in self.KEEP_DTYPE}
@@ -103,6 +151,10 @@ class QuantizedModule(nn.Module):
             if old is not None and new.dtype != old.dtype:
                 setattr(self, name, old.to(device=new.device))
         return self
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _refresh(module: nn.Module, _incompatible: Any) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowra.compiler.errors import OutputError, PlanError
 from lowra.compiler.facts import AdapterRank, Precision
+from lowra.compiler.packing import WIDTHS, width_id, width_of
 from lowra.compiler.program import Program, Site
 
 FORMAT = "lowra-plan"
@@ -26,22 +27,26 @@ VERSION = 1
 
 
 def encode_widths(row_widths: Tensor) -> dict[str, Any]:
-    """Plain data of widths [n]; `decode_widths` reads it back."""
-    widths, index = row_widths.unique(return_inverse=True)
+    """Plain data of ids of widths [n]; `decode_widths` reads it back."""
+    ids, index = row_widths.unique(return_inverse=True)
+    widths = [width_of(id) for id in ids.tolist()]
     packed = zlib.compress(index.to(torch.uint8).numpy().tobytes(), 9)
-    return {"widths": widths.tolist(), "index": base64.b64encode(packed).decode("ascii")}
+    return {"widths": widths, "index": base64.b64encode(packed).decode("ascii")}
 
 
 def decode_widths(data: Mapping[str, Any], site: Site) -> Tensor:
-    """uint8 [n]. Raises PlanError for data that does not fit the site."""
+    """Ids of widths, uint8 [n]. Raises PlanError for data that does not fit the site."""
     try:
         packed = base64.b64decode(data["index"], validate=True)
         unpacker = zlib.decompressobj()
         index = unpacker.decompress(packed, site.n + 1)
-        widths = torch.tensor(data["widths"], dtype=torch.uint8)
+        strange = [width for width in data["widths"] if width not in WIDTHS]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is no width; the widths are {WIDTHS}")
+        ids = torch.tensor([*map(width_id, data["widths"])], dtype=torch.uint8)
         if len(index) != site.n or not unpacker.eof:
             raise ValueError(f"it holds {len(index)} rows or more, not {site.n}")
-        return widths[torch.frombuffer(bytearray(index), dtype=torch.uint8).long()]
+        return ids[torch.frombuffer(bytearray(index), dtype=torch.uint8).long()]
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError,
             binascii.Error, zlib.error) as error:  # fmt: skip
         raise PlanError(

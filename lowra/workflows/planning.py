@@ -115,7 +115,7 @@ def _rank(program: Program, recipe: Recipe, site: Site) -> int:
 def _site_row(program: Program, site: Site) -> dict[str, Any]:
     row: dict[str, Any] = {"name": site.name, "shape": [site.n, site.k]}
     if packed := program.find(site.name, Packed):
-        row["rows"] = {str(width): rows for width, rows in packed.weight.panels}
+        row["rows"] = {str(width): rows for width, rows in packed.weight.rows.items()}
     if precision := program.find(site.name, Precision):
         row["row_widths"] = encode_widths(precision.row_widths)
     if chosen := program.find(site.name, AdapterRank):
@@ -151,15 +151,15 @@ def _pinned(program: Program, recipe: Recipe) -> dict[str, Pin]:
 
 
 def site_total(
-    site: Site, width: Any, widths: tuple[Any, ...], group: int, shared: bool, recipe: Recipe
+    site: Site, width: float, widths: tuple[float, ...], group: int, shared: bool, recipe: Recipe
 ) -> int:
     """Bits of a site at one width that stores the codebooks of `widths`, LoRA if it is counted."""
     if recipe.is_paper:
-        return site.weights * width
+        return site.weights * int(width)
     lora = 16 * recipe.fixed_rank * (site.n + site.k) if recipe.count_adapters else 0
-    beside = site_bits(site.n, widths, shared)
+    beside = site_bits(site.n, widths, shared, recipe.compact, group, site.k)
     beside += correction_bits(site.n, site.k, recipe.correction_rank, recipe.correction_bits)
-    return site.n * row_bits(site.k, width, group, shared) + beside + lora
+    return site.n * row_bits(site.k, width, group, shared, recipe.compact) + beside + lora
 
 
 def check_budget(program: Program, recipe: Recipe) -> None:

@@ -83,7 +83,7 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
     return {
         "name": site.name,
         "shape": [site.n, site.k],
-        "rows": {str(width): rows for width, rows in packed.weight.panels},
+        "rows": {str(width): rows for width, rows in packed.weight.rows.items()},
         "stored_bits": stored / site.weights,
         "correction_bits": beside / site.weights,
         "correction_rank": 0 if correction is None else correction.rank,
@@ -112,5 +112,5 @@ def _totals(program: Program, sites: list[dict[str, Any]]) -> dict[str, Any]:
         "correction_bits": sum(c.stored_bits() for c in corrections if c is not None) / weights,
         "adapter_bits": adapter / weights,
         "bytes": sum(site["bytes"] for site in sites),
-        "rows": {width: rows[width] for width in sorted(rows)},
+        "rows": {width: rows[width] for width in sorted(rows, key=float)},
     }

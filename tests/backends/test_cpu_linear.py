@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lowra.backends.cpu import linear, toolchain
 from lowra.backends.reference import linear as reference
+from lowra.compiler.packing import FORMATS, levels_of, width_of
 from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 
 pytestmark = pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
@@ -17,13 +18,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def drawn(n: int, k: int, group: int, shared: bool, seed: int) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
-    widths = torch.tensor([1, 2, 3, 4, 8])[torch.randint(5, (n,), generator=generator)]
-    codes = torch.randint(256, (n, k), generator=generator) % (1 << widths).view(-1, 1)
+    widths = torch.tensor([*FORMATS])[torch.randint(6, (n,), generator=generator)]
+    levels = torch.tensor([levels_of(id) for id in widths.tolist()])
+    codes = torch.randint(256, (n, k), generator=generator) % levels.view(-1, 1)
     tables = torch.randn(n, 264, generator=generator)
     scales = None
     if group != 0:
         scales = torch.rand(n, scale_groups(k, group), generator=generator) + 0.1
-    books = {b: tables[0, b : b + (1 << b)] for b in (1, 2, 3, 4, 8)} if shared else tables
+    one = {width_of(id): tables[0, id % 8 :][: levels_of(id)] for id in FORMATS}
+    books = one if shared else tables
     return pack_weight(codes, widths, books, scales, group)
 
 

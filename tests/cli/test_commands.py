@@ -33,13 +33,13 @@ def test_plan_groups_equal_layers_and_says_what_is_skipped(lowra, dense, no_grap
 
 def test_plan_as_json(lowra, dense, no_graph):
     data = lowra.json(
-        "plan", dense, "--bits", "5", "--widths", "2,4", "--unit", "layer", "--rank", "4",
+        "plan", dense, "--bits", "5", "--widths", "1.6,2,4", "--unit", "layer", "--rank", "4",
         "--pin", "*.q_proj=4", "--pin", "re:[ku]p?_proj=2", "--ignore", "*.o_proj",
         "--include", "lm_head", "--count-adapters", "--dtype", "float32",
     )  # fmt: skip
     recipe = data["recipe"]
     assert recipe["pins"] == {"*.q_proj": 4, "re:[ku]p?_proj": 2}
-    assert (recipe["widths"], recipe["unit"], recipe["rank"]) == ([2, 4], "layer", 4)
+    assert (recipe["widths"], recipe["unit"], recipe["rank"]) == ([1.6, 2, 4], "layer", 4)
     assert recipe["count_adapters"]
     assert data["dense_bytes"] == 4 * data["weights"]
     assert "lm_head" in {site["name"] for site in data["sites"]}

@@ -9,14 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lowra.backends.reference  # noqa: F401 - the ops get their meaning
-from lowra.compiler.packing import WIDTHS
+from lowra.compiler.compact import (
+    CODEBOOK_BITS,
+    PLAIN,
+    SCALE_BITS,
+    Compact,
+    round_levels,
+    round_scales,
+    span_of,
+)
+from lowra.compiler.packing import FORMATS, levels_of, width_of
 from lowra.compiler.rotation import Rotation, signs
 from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to pack: one width per row, a group as in storage, a rotation block."""
+    """What to pack: one width id per row, a group as in storage, a rotation block."""
 
     row_widths: tuple[int, ...]
     k: int
@@ -24,6 +33,7 @@ class Case:
     shared: bool = False
     block: int = 1
     seed: int = 0
+    compact: Compact = PLAIN
 
     @property
     def n(self) -> int:
@@ -46,17 +56,22 @@ def packed_with_dense(case: Case) -> tuple[PackedWeight, Tensor]:
     n, k = case.n, case.k
     groups = scale_groups(k, case.group)
     scales = (torch.rand(n, groups, generator=generator) + 0.5).half() if groups else None
+    span = None
+    if scales is not None:
+        span = span_of(scales) if case.group < 0 and case.compact.scale_bits < 16 else None
+        scales = round_scales(scales, case.compact, span)
     tables = {
-        width: torch.randn(1 if case.shared else n, 1 << width, generator=generator).half()
-        for width in WIDTHS
+        id: torch.randn(1 if case.shared else n, levels_of(id), generator=generator).half()
+        for id in FORMATS
     }
-    wide = torch.zeros(n, 1 << max(case.row_widths)).half()
+    tables = {id: round_levels(table, case.compact) for id, table in tables.items()}
+    wide = torch.zeros(n, max(map(levels_of, case.row_widths))).float()
     codes = torch.zeros(n, k, dtype=torch.int64)
     dense = torch.zeros(n, k, dtype=torch.float64)
-    for row, width in enumerate(case.row_widths):
-        codes[row] = torch.randint(0, 1 << width, (k,), generator=generator)
-        table = tables[width][0 if case.shared else row]
-        wide[row, : 1 << width] = table
+    for row, id in enumerate(case.row_widths):
+        codes[row] = torch.randint(0, levels_of(id), (k,), generator=generator)
+        table = tables[id][0 if case.shared else row]
+        wide[row, : len(table)] = table
         for column in range(k):
             factor = 1.0
             if scales is not None:
@@ -67,10 +82,12 @@ def packed_with_dense(case: Case) -> tuple[PackedWeight, Tensor]:
     packed = pack_weight(
         codes,
         torch.tensor(case.row_widths, dtype=torch.uint8),
-        {width: table[0] for width, table in tables.items()} if case.shared else wide,
+        {width_of(id): table[0] for id, table in tables.items()} if case.shared else wide,
         scales,
         case.group,
         Rotation(case.seed, case.block),
+        case.compact,
+        span,
     )
     return packed, dense
 
@@ -81,10 +98,11 @@ def cases(draw: st.DrawFn, most_columns: int = 300) -> Case:
     k = draw(st.integers(1, most_columns))
     block = draw(st.sampled_from([1, k & -k]))
     return Case(
-        row_widths=tuple(draw(st.lists(st.sampled_from(WIDTHS), min_size=1, max_size=7))),
+        row_widths=tuple(draw(st.lists(st.sampled_from([*FORMATS]), min_size=1, max_size=7))),
         k=k,
         group=draw(st.sampled_from([0, -1, 1, 32, 50])),
         shared=draw(st.booleans()),
         block=block,
         seed=draw(st.integers(0, 99)),
+        compact=Compact(draw(st.sampled_from(SCALE_BITS)), draw(st.sampled_from(CODEBOOK_BITS))),
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowra.compiler.errors import CheckpointError
+from lowra.compiler.packing import width_of
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import (
     PackedWeight,
@@ -28,6 +29,7 @@ from tests.compiler.packed_weights import Case, cases, packed_with_dense
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 MIXED = Case(row_widths=(2, 4, 1, 2, 8, 3, 4), k=70, group=32)
+TERNARY = Case(row_widths=(2, 9, 1, 9, 4), k=576, group=-1, shared=True)
 
 
 @FAST
@@ -36,10 +38,13 @@ def test_stored_bits_are_eight_times_the_bytes_of_the_tensors(case: Case) -> Non
     packed, _ = packed_with_dense(case)
     stored = packed.tensors()
     assert packed.stored_bits() == 8 * sum(len(t.numpy().tobytes()) for t in stored.values())
-    rows = sum(row_bits(case.k, width, case.group, case.shared) for width in case.row_widths)
-    used = tuple(set(case.row_widths))
-    assert packed.stored_bits() == rows + site_bits(case.n, used, case.shared)
-    assert packed.code_bits() == sum(case.row_widths) * case.k
+    widths = [width_of(id) for id in case.row_widths]
+    rows = sum(row_bits(case.k, b, case.group, case.shared, case.compact) for b in widths)
+    used = tuple(set(widths))
+    assert packed.stored_bits() == rows + site_bits(
+        case.n, used, case.shared, case.compact, case.group, case.k
+    )
+    assert packed.code_bits() == pytest.approx(sum(widths) * case.k)
 
 
 def test_stored_bits_of_one_site_counted_by_hand() -> None:
@@ -48,6 +53,16 @@ def test_stored_bits_of_one_site_counted_by_hand() -> None:
     assert packed.stored_bits() == 64 * 8 + 16 * 24 + 16 * 3 + 16
     shared, _ = packed_with_dense(Case(row_widths=(2, 4, 2), k=40, group=-1, shared=True))
     assert shared.stored_bits() == 64 * 8 + 16 * 20 + 16 * 3 + 16
+    ternary, _ = packed_with_dense(TERNARY)
+    assert ternary.stored_bits() == 576 * 7 + 2 * 29 * 32 + 16 * (16 + 4 + 3 + 2) + 16 * 5 + 24
+
+
+def test_ternary_rows_stand_between_two_bits_and_one() -> None:
+    packed, _ = packed_with_dense(TERNARY)
+    assert packed.panels == ((4, 1), (2, 1), (9, 2), (1, 1))
+    assert packed.order.tolist() == [4, 0, 1, 3, 2]
+    assert packed.rows == {4: 1, 2: 1, 1.6: 2, 1: 1}
+    assert packed.code_bits() == pytest.approx(576 * (4 + 2 + 1 + 2 * 1.6))
 
 
 @FAST

@@ -14,6 +14,7 @@ from torch import Tensor
 import lowra.backends.reference  # noqa: F401 - the ops get their meaning
 from lowra.compiler.capture import fingerprint_of
 from lowra.compiler.facts import Codebooks, Precision, Statistics
+from lowra.compiler.packing import levels_of, width_id
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation, largest_block
@@ -61,7 +62,8 @@ class CyclicWidths(Pass):
     def run(self, program: Program) -> Program:
         facts: dict[str, list[object]] = {}
         for site in program.sites:
-            widths = torch.tensor(program.fact(site.name, Codebooks).widths, dtype=torch.uint8)
+            ids = [width_id(b) for b in program.fact(site.name, Codebooks).widths]
+            widths = torch.tensor(ids, dtype=torch.uint8)
             facts[site.name] = [Precision(widths[torch.arange(site.n) % len(widths)])]
         return program.with_facts(facts)
 
@@ -105,14 +107,16 @@ def compiled_afresh(passes: Sequence[Pass], rotated: bool = False) -> Program:
     return run_pipeline(site_program(*two_sites(), rotated=rotated), passes)
 
 
-def with_losses(program: Program, losses: Mapping[str, Tensor], widths: tuple[int, ...]) -> Program:
+def with_losses(
+    program: Program, losses: Mapping[str, Tensor], widths: tuple[float, ...]
+) -> Program:
     """Codebooks that only say what each row loses at each width; -1 group, shared."""
     return program.with_facts(
         {
             site.name: [
                 Codebooks(
                     widths,
-                    {width: torch.linspace(-1, 1, 1 << width) for width in widths},
+                    {width: torch.linspace(-1, 1, levels_of(width_id(width))) for width in widths},
                     {width: torch.ones(site.n, 1) for width in widths},
                     losses[site.name].double(), -1, True,
                 )

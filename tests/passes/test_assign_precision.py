@@ -16,7 +16,13 @@ from lowra.compiler.errors import BudgetError, LowraError, PatternError, RecipeE
 from lowra.compiler.facts import Assigned, Codebooks, Packed, Precision
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
-from lowra.passes import AssignPrecision, CorrectWeights, FitCodebooks, QuantizeWeights
+from lowra.passes import (
+    AssignPrecision,
+    CorrectWeights,
+    FitCodebooks,
+    QuantizeWeights,
+    ReplayPrecision,
+)
 from tests.passes.site_programs import compiled, site_program, two_sites, with_losses
 
 WIDTHS = (1, 2, 3, 4)
@@ -168,11 +174,12 @@ def test_adapters_are_charged_to_the_budget_when_counted() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_corrections_are_charged_to_the_bit(bits: int) -> None:
     """What rows may take is the budget less what corrections store, whatever the budget."""
-    sites = planned(AssignPrecision(5.0)).sites
-    plain = AssignPrecision(5.0).row_budget(sites, WIDTHS, True)
+    program = planned(AssignPrecision(5.0))
+    sites, layout = program.sites, program.fact("up", Codebooks)
+    plain = AssignPrecision(5.0).row_budget(sites, WIDTHS, layout)
     step = AssignPrecision(5.0, correction_rank=2, correction_bits=bits)
     stored = sum(correction_bits(site.n, site.k, 2, bits) for site in sites)
-    assert step.row_budget(sites, WIDTHS, True) == plain - stored
+    assert step.row_budget(sites, WIDTHS, layout) == plain - stored
     fitted = compiled((FitCodebooks(WIDTHS, -1, True),))
     total = sum(site.weights for site in fitted.sites)
     for budget in (8.5, 7.0):
@@ -256,3 +263,28 @@ def test_siblings_without_a_graph_are_refused() -> None:
 def test_a_refusal_bills_the_pins() -> None:
     with pytest.raises(BudgetError, match="the pin down=4 takes 3.* bits per weight .*1 sites"):
         planned(AssignPrecision(3.0, pins=("down=4",)))
+
+
+@pytest.mark.parametrize(
+    ("group", "shared", "compact"),
+    [(-1, True, (8, 16)), (-1, True, (4, 8)), (32, True, (8, 8)), (32, False, (4, 8))],
+)
+def test_a_replay_counts_what_is_packed_in_fewer_bits(
+    group: int, shared: bool, compact: tuple[int, int]
+) -> None:
+    fit = FitCodebooks((1, 1.6, 3), group, shared, "default", "iterations", *compact)
+    done = compiled((fit, AssignPrecision(6.0, pins=("down=1.6",)), QuantizeWeights()))
+    proof = done.fact("up", Assigned).proof
+    again = run_pipeline(done, (ReplayPrecision(6.0),)).fact("up", Assigned).proof
+    assert again.bits == stored_bits(done) and again.loss == pytest.approx(proof.loss)
+
+
+def test_ternary_rows_are_priced_pinned_and_named_as_others() -> None:
+    widths = (1, 1.6, 2)
+    losses = {name: loss[:, :3] for name, loss in falling(0).items()}
+    program = with_losses(site_program(two_sites()[0]), losses, widths)
+    done = run_pipeline(program, (AssignPrecision(6.0, pins=("up=1.6",)),))
+    assert done.fact("up", Precision).row_widths.unique().tolist() == [9]
+    assert done.fact("up", Precision).histogram() == {1.6: 13}
+    with pytest.raises(RecipeError, match=r"knows no width 1\.6"):
+        run_pipeline(program, (AssignPrecision(2.0, "paper"),))

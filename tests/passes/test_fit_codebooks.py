@@ -9,6 +9,7 @@ import torch
 
 from lowra.compiler.errors import PipelineError, RecipeError, WeightError
 from lowra.compiler.facts import Codebooks, Statistics
+from lowra.compiler.packing import levels_of, width_id
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import scale_groups
@@ -22,7 +23,7 @@ from tests.passes.site_programs import (
     two_sites,
 )
 
-WIDTHS = (1, 2, 3, 4)
+WIDTHS = (1, 1.6, 2, 3, 4)
 KINDS = [
     ("default", 0, False), ("default", -1, False), ("default", -1, True),
     ("default", 32, False), ("default", 32, True), ("paper", -1, False), ("paper", 32, False),
@@ -38,11 +39,12 @@ def test_codebooks_can_be_stored_and_lose_less_with_every_bit(
     for site in program.sites:
         books = program.fact(site.name, Codebooks)
         assert books.widths == WIDTHS and books.group == group and books.shared == shared
-        assert books.loss.dtype == torch.float64 and books.loss.shape == (site.n, 4)
+        assert books.loss.dtype == torch.float64 and books.loss.shape == (site.n, 5)
         assert bool((books.loss >= 0).all()) and bool((books.loss.sum(0).diff() < 0).all())
         for width in WIDTHS:
             levels = books.levels[width]
-            assert levels.shape == ((1 << width,) if shared else (site.n, 1 << width))
+            count = levels_of(width_id(width))
+            assert levels.shape == ((count,) if shared else (site.n, count))
             assert torch.equal(levels.half().float(), levels)
             assert bool((levels.diff(dim=-1) >= 0).all())
             if books.scales is None:
@@ -63,7 +65,7 @@ def test_expected_loss_is_what_plain_rounding_loses_without_data(
     for site in program.sites:
         books, weight = program.fact(site.name, Codebooks), weights[site.name]
         for column, width in enumerate(WIDTHS):
-            rows = torch.full((site.n,), width, dtype=torch.uint8)
+            rows = torch.full((site.n,), width_id(width), dtype=torch.uint8)
             value = quantize(weight, None, books, rows, Rotation()).dequantize()
             lost = (weight - value).double().square().sum(1)
             lost /= site.k if rule == "paper" else float(weight.double().square().sum())
@@ -160,7 +162,7 @@ def test_odd_weights_have_finite_codebooks(rule: str, group: int, shared: bool, 
     books = program.fact("a", Codebooks)
     assert bool(torch.isfinite(books.loss).all())
     for width in WIDTHS:
-        rows = torch.full((4,), width, dtype=torch.uint8)
+        rows = torch.full((4,), width_id(width), dtype=torch.uint8)
         value = quantize(weight, None, books, rows, Rotation()).dequantize()
         assert bool(torch.isfinite(value).all())
         if what in ("a zero row", "all zero"):

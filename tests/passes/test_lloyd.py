@@ -180,16 +180,21 @@ def test_the_better_start_is_kept_row_by_row() -> None:
 
 @pytest.mark.parametrize(
     ("width", "positive"),
-    [(1, [0.7979]), (2, [0.4528, 1.5104]), (3, [0.2451, 0.7560, 1.3439, 2.1520])],
+    [
+        (1, [0.7979]),
+        (1.6, [0.0, 1.2240]),
+        (2, [0.4528, 1.5104]),
+        (3, [0.2451, 0.7560, 1.3439, 2.1520]),
+    ],
 )
 def test_gaussian_levels_are_those_of_lloyd_and_max(width: int, positive: list[float]) -> None:
     """J. Max, Quantizing for minimum distortion, 1960, table 1."""
     levels = gaussian_levels(width)
-    expected = torch.tensor([-x for x in reversed(positive)] + positive, dtype=torch.float64)
+    expected = torch.tensor([-x for x in reversed(positive) if x] + positive, dtype=torch.float64)
     torch.testing.assert_close(levels, expected, rtol=0, atol=4e-3)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("width", [1, 1.6, 2, 3, 4, 8])
 def test_starting_levels_rise_and_gaussian_ones_are_symmetric(width: int) -> None:
     levels = gaussian_levels(width)
     assert torch.equal(levels, -levels.flip(0)) and bool((levels.diff() > 0).all())

@@ -32,7 +32,7 @@ from tests.passes.site_programs import (
 )
 
 KINDS = [
-    (FitCodebooks((1, 2, 3, 4), group, shared, rule), rotated)
+    (FitCodebooks((1, 1.6, 2, 3, 4), group, shared, rule), rotated)
     for rule, group, shared in [
         ("default", -1, True), ("default", -1, False), ("default", 0, False),
         ("default", 32, True), ("default", 32, False), ("paper", 32, False), ("paper", -1, False),
@@ -256,4 +256,4 @@ def test_rounds_lower_the_error_of_every_row(fit: Pass, rotated: bool) -> None:
         errors.append(torch.cat(now))
     assert bool((errors[1] <= errors[0] * (1 + 1e-3)).all())
     assert bool((errors[2] <= errors[1] * (1 + 1e-3)).all())
-    assert float(errors[2].sum()) < 0.98 * float(errors[0].sum())
+    assert float(errors[2].sum()) < 0.99 * float(errors[0].sum())

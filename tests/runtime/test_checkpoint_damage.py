@@ -202,13 +202,18 @@ def test_a_manifest_that_is_no_text_is_found(copied: Copied, stack_folder: Path)
         lowra.load(folder, stack())
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None, True, [2]])
 def test_another_format_version_is_refused_with_the_way_out(
     copied: Copied, stack_folder: Path, version: object
 ) -> None:
     folder = edited(copied(stack_folder), lambda m: m.update(format_version=version))
-    with pytest.raises(CheckpointError, match="this lowra reads 2. Install the lowra that wrote"):
+    with pytest.raises(CheckpointError, match=r"this lowra reads 1 and 2\. Install the lowra that"):
         lowra.load(folder, stack())
+
+
+def test_a_checkpoint_of_version_1_is_read(copied: Copied, stack_folder: Path) -> None:
+    folder = edited(copied(stack_folder), lambda m: m.update(format_version=1))
+    assert lowra.load(folder, stack()) is not None
 
 
 @pytest.mark.parametrize(

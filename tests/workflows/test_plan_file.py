@@ -41,13 +41,18 @@ def a_site(n: int) -> Site:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=300))
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 8, 9]), min_size=1, max_size=300))
 def test_widths_survive_their_encoding(widths: list[int]) -> None:
     data = json.loads(json.dumps(encode_widths(torch.tensor(widths, dtype=torch.uint8))))
     assert decode_widths(data, a_site(len(widths))).tolist() == widths
     for wrong in (len(widths) - 1, len(widths) + 1):
         with pytest.raises(PlanError, match="row widths of a cannot be read"):
             decode_widths(data, a_site(wrong))
+
+
+def test_a_plan_names_widths_and_not_their_ids() -> None:
+    data = encode_widths(torch.tensor([2, 9, 1], dtype=torch.uint8))
+    assert sorted(data["widths"]) == [1, 1.6, 2]
 
 
 def test_the_widths_of_many_equal_rows_take_little_room() -> None:
@@ -57,7 +62,14 @@ def test_the_widths_of_many_equal_rows_take_little_room() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"index": "!"}, {"index": "AAAA"}, {"widths": [999]}, {"widths": []}, {"widths": None}],
+    [
+        {"index": "!"},
+        {"index": "AAAA"},
+        {"widths": [999]},
+        {"widths": [2, 3, 7]},
+        {"widths": []},
+        {"widths": None},
+    ],
     ids=str,
 )
 def test_damaged_widths_are_refused(change: dict[str, Any]) -> None:
@@ -84,6 +96,18 @@ def test_a_replayed_plan_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "replay-precision{budget=4.0}" in second.lowra.report["pipeline"]
     assert second.lowra.plan["recipe"] == first.lowra.plan["recipe"]
+    assert second.lowra.plan["sites"] == first.lowra.plan["sites"]
+
+
+def test_ternary_rows_and_small_scales_are_replayed() -> None:
+    first = compile_stack(
+        bit_budget=3.2, widths=(1, 1.6, 3), group=32, scale_bits=4, codebook_bits=8, rank=2,
+        pins={"first": 1.6},
+    )  # fmt: skip
+    plan = json.loads(json.dumps(first.lowra.plan))
+    assert plan["sites"][0]["row_widths"]["widths"] == [1.6]
+    second = compile_stack(plan=plan)
+    assert same_tensors(first, second)
     assert second.lowra.plan["sites"] == first.lowra.plan["sites"]
 
 
@@ -167,8 +191,8 @@ def test_an_edited_plan_does_not_break_the_budget() -> None:
 def test_an_edited_plan_with_a_width_that_is_not_fitted_is_refused() -> None:
     plan = planned()
     site = plan["sites"][0]
-    site["row_widths"] = encode_widths(torch.full((site["shape"][0],), 7, dtype=torch.uint8))
-    with pytest.raises(PlanError, match="gives first the width 7"):
+    site["row_widths"] = encode_widths(torch.full((site["shape"][0],), 8, dtype=torch.uint8))
+    with pytest.raises(PlanError, match="gives first the width 8"):
         compile_stack(plan=plan)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import linear
 from lowra.compiler.ops import LIBRARY
-from lowra.compiler.packing import row_words
+from lowra.compiler.packing import levels_of, row_words
 from lowra.compiler.storage import scale_groups
 
 
@@ -44,13 +44,13 @@ def _check(
     """Whether codebooks are shared. Raises ValueError where a size is not what the kernel reads."""
     pairs = list(zip(panels[0::2], panels[1::2], strict=True))
     rows = sum(count for _, count in pairs)
-    shared = tables.numel() == sum(1 << width for width, _ in pairs)
+    shared = tables.numel() == sum(levels_of(id) for id, _ in pairs)
     sizes = [
-        ("code words", words.numel(), sum(count * row_words(k, width) for width, count in pairs)),
+        ("code words", words.numel(), sum(count * row_words(k, id) for id, count in pairs)),
         ("row numbers", order.numel(), rows),
     ]
     if not shared:
-        values = sum(count << width for width, count in pairs)
+        values = sum(count * levels_of(id) for id, count in pairs)
         sizes.append(("codebook values", tables.numel(), values))
     if scales is not None:
         sizes.append(("scales", scales.numel(), rows * scale_groups(k, group)))

@@ -13,28 +13,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.compiler.ops import LIBRARY
-from lowra.compiler.packing import row_words, unpack_rows
+from lowra.compiler.packing import levels_of, row_words, unpack_rows
 from lowra.compiler.rotation import Rotation, rotate, unrotate
 from lowra.compiler.storage import ROW_SCALES, scale_groups
 
 
 def _panels(codes: Tensor, codebooks: Tensor, panels: list[int], k: int) -> Iterator[tuple]:
-    """(first row, rows, codes int32 [rows, k], codebook, its slice) of each panel."""
-    shared = codebooks.numel() == sum(1 << width for width in panels[0::2])
+    """(first row, rows, levels, codes int32 [rows, k], slice of its tables, shared) per panel."""
+    shared = codebooks.numel() == sum(levels_of(id) for id in panels[0::2])
     word, row, value = 0, 0, 0
-    for width, rows in zip(panels[0::2], panels[1::2], strict=True):
-        words = rows * row_words(k, width)
-        values = (1 if shared else rows) << width
-        fields = unpack_rows(codes[word : word + words], rows, k, width)
-        yield row, rows, width, fields, slice(value, value + values), shared
+    for id, rows in zip(panels[0::2], panels[1::2], strict=True):
+        words = rows * row_words(k, id)
+        values = (1 if shared else rows) * levels_of(id)
+        fields = unpack_rows(codes[word : word + words], rows, k, id)
+        yield row, rows, levels_of(id), fields, slice(value, value + values), shared
         word, row, value = word + words, row + rows, value + values
 
 
-def _look_up(fields: Tensor, table: Tensor, width: int, shared: bool) -> Tensor:
+def _look_up(fields: Tensor, table: Tensor, levels: int, shared: bool) -> Tensor:
     """table[code] per element: one table for all rows, or one per row."""
     if shared:
         return table.index_select(0, fields.reshape(-1)).view(fields.shape)
-    return table.view(-1, 1 << width).gather(1, fields.long())
+    return table.view(-1, levels).gather(1, fields.long())
 
 
 def _scale_columns(scales: Tensor, k: int, group: int) -> Tensor:
@@ -58,8 +58,8 @@ def stored_rows(
     factors = None if scales is None else scales.to(working).view(order.shape[0], -1)
     weight = torch.empty(order.shape[0], k, dtype=dtype, device=codes.device)
     index = order.long()
-    for row, rows, width, fields, where, shared in _panels(codes, codebooks, panels, k):
-        values = _look_up(fields, tables[where], width, shared)
+    for row, rows, levels, fields, where, shared in _panels(codes, codebooks, panels, k):
+        values = _look_up(fields, tables[where], levels, shared)
         if factors is not None:
             values = values * _scale_columns(factors[row : row + rows], k, group)
         weight[index[row : row + rows]] = values.to(dtype)
@@ -82,14 +82,14 @@ def dequantize_backward(
     factors = None if scales is None else scales.to(working).view(-1, groups)
     grad_tables = torch.zeros_like(tables)
     grad_factors = torch.zeros(order.shape[0], groups, dtype=working, device=grad.device)
-    for row, rows, width, fields, where, shared in _panels(codes, codebooks, panels, k):
+    for row, rows, levels, fields, where, shared in _panels(codes, codebooks, panels, k):
         g = stored[row : row + rows]
         if factors is not None:
-            products = g * _look_up(fields, tables[where], width, shared)
+            products = g * _look_up(fields, tables[where], levels, shared)
             columns = torch.arange(k, device=g.device) // (k if group == ROW_SCALES else group)
             grad_factors[row : row + rows].index_add_(1, columns, products)
             g = g * _scale_columns(factors[row : row + rows], k, group)
-        offset = 0 if shared else torch.arange(rows, device=g.device).view(-1, 1) << width
+        offset = 0 if shared else levels * torch.arange(rows, device=g.device).view(-1, 1)
         grad_tables[where].index_add_(0, (fields + offset).reshape(-1), g.reshape(-1))
     if scales is None:
         return grad_tables.to(codebooks.dtype), codebooks.new_empty((0,))

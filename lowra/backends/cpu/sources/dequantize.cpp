@@ -3,7 +3,14 @@
 // Words are planar: field f of word v in a tile is column k0 + f * words + v, so every inner loop
 // runs over neighbouring words and neighbouring columns (docs/storage-format.md).
 
-constexpr int64_t TILE = 256, WORD = 32;
+constexpr int64_t TILE = 256, WORD = 32, TERNARY_TILE = 320;
+constexpr int TERNARY = 9;  // the width id of rows of three levels
+
+static int64_t levels_of(int width) { return width == TERNARY ? 3 : int64_t(1) << width; }
+
+static int64_t row_words(int width, int64_t k) {
+    return width == TERNARY ? (k + 19) / 20 : (k + WORD - 1) / WORD * width;
+}
 
 struct Layout {
     int64_t k, padded, group, groups;  // group: columns per scale, 0 for one per row
@@ -21,6 +28,35 @@ static void unpack(const uint32_t* words, int64_t padded, int bits, int shift, u
                 to[v] |= uint8_t(((words[v] >> (field * bits)) & mask) << shift);
         }
         words += count;
+    }
+}
+
+// The codes of a ternary row [k]: digit f of byte v in a tile of `count` bytes is column
+// k0 + f * count + v. Times 3^f mod 256, a byte is the rest of a fraction that the digit leads.
+static void unpack_ternary(const uint8_t* bytes, int64_t k, uint8_t* codes) {
+    for (int64_t k0 = 0; k0 < k; k0 += TERNARY_TILE) {
+        const int64_t columns = std::min(TERNARY_TILE, k - k0), count = (columns + 19) / 20 * 4;
+        uint8_t power = 1;
+        for (int64_t first = 0; first < columns; first += count, power *= 3) {
+            uint8_t* to = codes + k0 + first;
+            for (int64_t v = 0; v < std::min(count, columns - first); v++)
+                to[v] = uint8_t(uint8_t(bytes[v] * power) * 3 >> 8);
+        }
+        bytes += count;
+    }
+}
+
+// The codes of one row of a panel of `rows` rows that starts at `words`.
+static void unpack_row(const uint32_t* words, int width, int64_t rows, int64_t row, int64_t k,
+                       std::vector<uint8_t>& codes) {
+    if (width == TERNARY)
+        return unpack_ternary((const uint8_t*)(words + row * row_words(width, k)), k, codes.data());
+    const int planes[2] = {width == 3 ? 2 : width, width == 3 ? 1 : 0};
+    std::fill(codes.begin(), codes.end(), 0);
+    for (int p = 0, shift = 0; p < 2 && planes[p]; shift += planes[p++]) {
+        const int64_t count = row_words(planes[p], k);
+        unpack(words + row * count, int64_t(codes.size()), planes[p], shift, codes.data());
+        words += rows * count;
     }
 }
 
@@ -55,18 +91,11 @@ struct Panel {
 };
 
 static void write_rows(const Panel& panel, const Layout& layout, void* out, int threads) {
-    const int planes[2] = {panel.width == 3 ? 2 : panel.width, panel.width == 3 ? 1 : 0};
-    const int64_t levels = int64_t(1) << panel.width;
+    const int64_t levels = levels_of(panel.width);
     parallel_rows(panel.rows, 16, threads, [&](int64_t begin, int64_t end) {
         std::vector<uint8_t> codes(layout.padded);
         for (int64_t row = begin; row < end; row++) {
-            std::fill(codes.begin(), codes.end(), 0);
-            const uint32_t* plane = panel.words;
-            for (int p = 0, shift = 0; p < 2 && planes[p]; shift += planes[p++]) {
-                const int64_t words = layout.padded * planes[p] / WORD;
-                unpack(plane + row * words, layout.padded, planes[p], shift, codes.data());
-                plane += panel.rows * words;
-            }
+            unpack_row(panel.words, panel.width, panel.rows, row, layout.k, codes);
             const float* table = panel.tables + (layout.shared ? 0 : row * levels);
             const float* scales = panel.scales + (layout.scaled ? row * layout.groups : 0);
             const int64_t to = panel.order[row] * layout.k;
@@ -78,7 +107,7 @@ static void write_rows(const Panel& panel, const Layout& layout, void* out, int 
     });
 }
 
-// panels: width and rows in turn. tables: of each panel in turn, one or one per row. scales
+// panels: width id (9 is ternary) and rows in turn. tables: of each panel in turn, one or one per row. scales
 // [n, groups] or null. order [n]: the original index of each stored row. out [n, k].
 extern "C" void lowra_dequantize(const uint32_t* codes, const float* tables, const float* scales,
                                  const int32_t* order, const int64_t* panels, int64_t count,
@@ -89,8 +118,8 @@ extern "C" void lowra_dequantize(const uint32_t* codes, const float* tables, con
     for (int64_t p = 0; p < count; p++) {
         const Panel panel{int(panels[2 * p]), panels[2 * p + 1], codes, tables, scales, order};
         write_rows(panel, layout, out, threads);
-        codes += panel.rows * layout.padded / WORD * panel.width;
-        tables += (shared ? 1 : panel.rows) << panel.width;
+        codes += panel.rows * row_words(panel.width, k);
+        tables += (shared ? 1 : panel.rows) * levels_of(panel.width);
         if (scales) scales += panel.rows * groups;
         order += panel.rows;
     }
