@@ -24,6 +24,8 @@ from lowra.passes import (
     ReplayPrecision,
     RewriteLinears,
     RotateInputs,
+    TuneBlocks,
+    TuneModel,
 )
 from lowra.passes.correct_weights import CORRECTION_BITS
 from lowra.passes.paper_mappings import AVERAGES
@@ -37,6 +39,11 @@ INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
 MAPPINGS = ("kept", "relearned")
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
+TUNES = ("none", "blocks", "full")
+SIZES = (
+    "calibration_tokens", "context", "tune_steps", "tune_model_steps", "tune_batch_tokens",
+)  # fmt: skip
+"""Fields that are whole numbers of one or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,10 @@ class Recipe:
     count_adapters: LoRA factors, at 16 bit, count towards the budget.
     include, ignore: patterns (globs, or regular expressions after `re:`) of weights compressed
         although skipped by default (the head), or left alone. pins: {pattern: width}.
+    tune: "none"; "blocks", learned rounding of the codes, block by block; or "full", and then
+        scales and norms end to end. Minutes where the rest takes seconds; needs calibration.
+    tune_steps: steps per block, tune_model_steps: steps end to end; tune_batch_tokens: tokens of
+        each step.
     calibration_tokens, context: how much text, in windows of what length.
     seed: of everything that is drawn.
 
@@ -94,6 +105,10 @@ class Recipe:
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     pins: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    tune: str = "none"
+    tune_steps: int = TuneBlocks.steps
+    tune_model_steps: int = TuneModel.steps
+    tune_batch_tokens: int = TuneBlocks.batch_tokens
     calibration_tokens: int = 16384
     context: int = 256
     seed: int = 0
@@ -107,11 +122,11 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), choices)
+        _check_choice("tune", self.tune, TUNES)
         self._check_auto_rank()
-        for name in ("rank", "correction_rank", "seed", "calibration_tokens", "context"):
-            least = 1 if name in ("calibration_tokens", "context") else 0
+        for name in ("rank", "correction_rank", "seed", *SIZES):
             if (name, self.rank) != ("rank", "auto"):
-                _check_whole(name, getattr(self, name), least)
+                _check_whole(name, getattr(self, name), 1 if name in SIZES else 0)
         for name in ("include", "ignore"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         self._check_types()
@@ -164,7 +179,7 @@ class Recipe:
         fixed = {
             "unit": self.unit != "row", "pins": bool(self.pins), "group": self.group == 0,
             "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
-            "correction_rank": self.correction_rank > 0,
+            "correction_rank": self.correction_rank > 0, "tune": self.tune != "none",
             "widths": TERNARY in (self.widths or ()),
             "scale_bits": self.scale_bits not in (None, 16),
             "codebook_bits": self.codebook_bits not in (None, 16),
@@ -172,6 +187,14 @@ class Recipe:
         for name in ("threshold_average", "loftq_mappings"):
             if not self.is_paper and getattr(self, name) is not None:
                 raise RecipeError(f"{name}={getattr(self, name)!r} needs preset='lowra'")
+        anew = {"correction_rank": self.correction_rank > 0,
+                "init": self.init in ("alternate", "loftq")}  # fmt: skip
+        for name in (name for name, quantizes in anew.items() if quantizes):
+            if self.tune != "none":
+                raise RecipeError(
+                    f"{name}={getattr(self, name)!r} quantizes anew what tune={self.tune!r} has "
+                    "tuned; leave one of them out"
+                )
         changed = [name for name, differs in fixed.items() if differs]
         if self.is_paper and changed:
             raise RecipeError(
@@ -273,6 +296,7 @@ class Recipe:
             ),  # fmt: skip
             self._replay() if replay else self.assignment(),
             QuantizeWeights(feedback=not self.is_paper),
+            *self.tuning(),
         ]
         if self.correction_rank:
             steps.append(CorrectWeights(rank=self.correction_rank, bits=self.correction_bits))
@@ -286,6 +310,13 @@ class Recipe:
                 )
             )  # fmt: skip
         return (*steps, RewriteLinears())
+
+    def tuning(self) -> tuple[Pass, ...]:
+        """The tuning passes of this recipe, if any."""
+        tokens, seed = self.tune_batch_tokens, self.seed
+        blocks = TuneBlocks(steps=self.tune_steps, batch_tokens=tokens, seed=seed)
+        model = TuneModel(steps=self.tune_model_steps, batch_tokens=tokens, seed=seed)
+        return {"none": (), "blocks": (blocks,), "full": (blocks, model)}[self.tune]
 
     def assignment(self) -> AssignPrecision:
         """The assign-precision pass of this recipe."""

@@ -20,6 +20,8 @@ from lowra.passes import (
     QuantizeWeights,
     RewriteLinears,
     RotateInputs,
+    TuneBlocks,
+    TuneModel,
 )
 from lowra.recipe import Recipe
 
@@ -33,6 +35,8 @@ PASSES = (
     QuantizeWeights,
     RewriteLinears,
     RotateInputs,
+    TuneBlocks,
+    TuneModel,
 )
 
 
@@ -65,6 +69,11 @@ def test_a_budget_that_no_model_can_meet_is_refused_with_what_is_usual(budget: f
         ("unit", "site", "unit='site' is unknown; nearest: "),
         ("init", "loft", "init='loft' is unknown; nearest: loftq"),
         ("init", "closed_form", "init='closed_form' is unknown; nearest: closed-form"),
+        ("tune", "ful", "tune='ful' is unknown; nearest: full"),
+        ("tune", True, "tune=True is unknown; nearest: "),
+        ("tune_steps", 0, "tune_steps=0 must be a whole number of 1 or more"),
+        ("tune_model_steps", 1.5, "tune_model_steps=1.5 must be a whole number of 1 or more"),
+        ("tune_batch_tokens", "1k", "tune_batch_tokens='1k' must be a whole number of 1 or more"),
         ("rank", -1, "rank=-1 must be a whole number of 0 or more"),
         ("rank", "all", "rank='all' must be a whole number of 0 or more, or 'auto'"),
         ("rank", 1.0, "rank=1.0 must be a whole number of 0 or more"),
@@ -144,6 +153,8 @@ def test_shared_codebooks_without_scales_are_refused() -> None:
         {"shared_codebooks": True},
         {"count_adapters": True},
         {"correction_rank": 4},
+        {"tune": "blocks"},
+        {"tune": "full"},
     ],
     ids=str,
 )
@@ -180,6 +191,9 @@ FULL = Recipe(
     include="lm_head",
     ignore=["*.down_proj", "re:layers\\.0\\."],  # pyright: ignore
     pins={"*.v_proj": 4},
+    tune_steps=5,
+    tune_model_steps=6,
+    tune_batch_tokens=128,
     calibration_tokens=1024,
     context=64,
     seed=7,
@@ -252,6 +266,26 @@ def test_every_option_arrives_in_the_pipeline() -> None:
 def test_the_text_of_a_pipeline_reads_back_as_its_passes(preset: str) -> None:
     passes = Recipe(bit_budget=2.5, preset=preset, rank=8).passes()
     assert parse_pipeline(print_pipeline(passes), PASSES) == passes
+
+
+def test_tuning_is_off_unless_asked_for_and_blocks_come_before_the_model() -> None:
+    assert "tune" not in text(bit_budget=2)
+    assert "quantize-weights tune-blocks initialize-adapters" in text(bit_budget=2, tune="blocks")
+    assert "quantize-weights tune-blocks tune-model rewrite-linears" in text(
+        bit_budget=2, tune="full", rank=0
+    )
+    sizes = {"tune_steps": 5, "tune_model_steps": 6, "tune_batch_tokens": 128}
+    assert (
+        "tune-blocks{steps=5 batch_tokens=128 seed=7} tune-model{steps=6 batch_tokens=128 seed=7}"
+    ) in text(bit_budget=2, tune="full", seed=7, **sizes)
+
+
+@pytest.mark.parametrize(
+    "other", [{"init": "alternate"}, {"init": "loftq"}, {"correction_rank": 4}]
+)
+def test_what_quantizes_anew_is_refused_behind_tuning(other: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="quantizes anew what tune='blocks' has tuned"):
+        Recipe(bit_budget=2, tune="blocks", **other)
 
 
 def test_rank_zero_leaves_the_adapter_pass_out() -> None:

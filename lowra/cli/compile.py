@@ -21,6 +21,9 @@ from lowra.cli.options import (
     Preset,
     PresetOption,
     RankOption,
+    Tune,
+    TuneOption,
+    TuneStepsOption,
     Unit,
     UnitOption,
     VerboseOption,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 RECIPE_OPTIONS = (
     "bits", "preset", "rank", "widths", "unit", "pin", "include", "ignore", "count_adapters",
     "calibration_tokens", "context", "seed",
+    "tune", "tune_steps",
 )  # fmt: skip
 
 
@@ -57,6 +61,8 @@ def compile_model(
     include: IncludeOption = None,
     ignore: IgnoreOption = None,
     count_adapters: CountAdaptersOption = False,
+    tune: TuneOption = Tune.none,
+    tune_steps: TuneStepsOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE.txt", help="Text; by default the model writes its own."),
@@ -102,6 +108,7 @@ def compile_model(
             bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
             include=include, ignore=ignore, count_adapters=count_adapters,
             calibration_tokens=calibration_tokens, context=context, seed=seed,
+            tune=tune.value, tune_steps=tune_steps,
         )}  # fmt: skip
     _check_output(out, overwrite)
     if save_plan is not None:

@@ -139,6 +139,24 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class BlockTuning:
+    """The held-out error of a site's block before and after tuning, relative to the energy of the
+    block's output."""
+
+    block: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class ModelTuning:
+    """The held-out KL(original || model) before and after tuning, in nats per token."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Adapter:
     """LoRA factors in original input coordinates: A [r, k], B [n, r]; y += scaling * B A x.
 

@@ -34,6 +34,10 @@ class Pass:
     reads: ClassVar[tuple[type, ...]] = ()
     writes: ClassVar[tuple[type, ...]] = ()
 
+    def require(self, program: Program) -> None:
+        """Raise what `run` would raise for a program that it can do nothing with, so that it is
+        known before the long work of the passes in front."""
+
     def run(self, program: Program) -> Program:
         raise PipelineError(f"pass {self.name!r} does not define run()")
 
@@ -50,6 +54,8 @@ def run_pipeline(
     program: Program, passes: Sequence[Pass], observe: Observer | None = None
 ) -> Program:
     """Run passes in order, each between checks of what it declares to read and write."""
+    for step in passes if program.sites else ():
+        step.require(program)
     for step in passes:
         try:
             program = _run_one(step, program)

@@ -13,7 +13,15 @@ from torch import Tensor, fx
 
 from lowra.compiler.compact import PLAIN
 from lowra.compiler.correction import Correction
-from lowra.compiler.facts import Adapter, Codebooks, Packed, Precision, Statistics
+from lowra.compiler.facts import (
+    Adapter,
+    BlockTuning,
+    Codebooks,
+    ModelTuning,
+    Packed,
+    Precision,
+    Statistics,
+)
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
 
@@ -63,6 +71,10 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
         bits = correction.stored_bits() / site.weights
         width = next(iter(correction.a.rows))
         yield f"correction: rank={correction.rank} at {width} bits a value, {bits:.2f} bits"
+    if tuning := program.find(name, BlockTuning):
+        yield f"block tuned: error {tuning.before:.2g} to {tuning.after:.2g}"
+    if tuning := program.find(name, ModelTuning):
+        yield f"model tuned: KL {tuning.before:.2g} to {tuning.after:.2g}"
     if adapter := program.find(name, Adapter):
         yield f"adapter: rank={adapter.rank} scaling={adapter.scaling:g}"
 

@@ -74,6 +74,8 @@ class Program:
     `graph` takes `inputs` in order and returns one tensor; its get_attr nodes name `tensors`.
     `example` are inputs it can be traced with; `causal` says that the output is next-token logits.
     It is None for a program captured from the module tree, which then runs `source` itself.
+    `replaced` are the model's own tensors, by name, in whose place a pass has put others (tuned
+    norms and biases).
     Nothing in a program is ever written to: passes copy what they change and share the rest.
     """
 
@@ -86,6 +88,7 @@ class Program:
     skipped: tuple[Skipped, ...] = ()
     facts: Mapping[str, Mapping[type, Fact]] = field(default_factory=dict[str, Mapping[type, Fact]])
     causal: bool = False
+    replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     example: tuple[Tensor, ...] = ()
     calibration: tuple[tuple[Tensor, ...], ...] = ()
     spill: Spill = field(default_factory=Spill.closed)

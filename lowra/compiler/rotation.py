@@ -86,6 +86,25 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     return _hadamard(x, rotation.block) * d
 
 
+DENSE_BLOCK = 512
+"""The largest block that activations are multiplied by as one matrix."""
+
+
+def rotate_activations(x: Tensor, rotation: Rotation) -> Tensor:
+    """`rotate` in the dtype of x, half precision included, as one product; differentiable.
+
+    The matrix holds powers of two, which are exact, so that only the result is rounded.
+    """
+    if not rotation.active or rotation.block > DENSE_BLOCK:
+        return rotate(x.float(), rotation).to(x.dtype) if rotation.active else x
+    power = (rotation.block.bit_length() - 1) // 2
+    rest = 2.0**power / math.sqrt(rotation.block)
+    signed = x * signs(rotation.seed, x.shape[-1]).to(dtype=x.dtype, device=x.device)
+    h = torch.sign(torch.from_numpy(_sylvester(rotation.block))).to(x) / 2.0**power
+    y = (signed.reshape(-1, rotation.block) @ h).reshape(x.shape)
+    return y if rest == 1.0 else y * rest
+
+
 def rotate_gram(gram: Tensor, rotation: Rotation) -> Tensor:
     """The Gram matrix [k, k] of rotated inputs: both sides of `gram` rotated."""
     return rotate(rotate(gram, rotation).T.contiguous(), rotation)

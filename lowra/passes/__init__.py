@@ -14,6 +14,8 @@ from lowra.passes.quantize_weights import QuantizeWeights
 from lowra.passes.replay_precision import ReplayPrecision
 from lowra.passes.rewrite_linears import RewriteLinears
 from lowra.passes.rotate_inputs import RotateInputs
+from lowra.passes.tune_blocks import TuneBlocks
+from lowra.passes.tune_model import TuneModel
 
 PASSES: tuple[type[Pass], ...] = (
     NormalizeLinears,
@@ -24,6 +26,8 @@ PASSES: tuple[type[Pass], ...] = (
     AssignPrecision,
     ReplayPrecision,
     QuantizeWeights,
+    TuneBlocks,
+    TuneModel,
     CorrectWeights,
     InitializeAdapters,
     RewriteLinears,

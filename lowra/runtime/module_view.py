@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -22,9 +23,10 @@ AdapterFactors = tuple[Tensor, Tensor, float]
 def build_module_view(model: nn.Module, program: Program) -> nn.Module:
     """A model of the same class with every compressed site in place; `model` stays as it was.
 
-    Tensors that are not compressed are shared with `model`. Only LoRA factors require grad.
+    Tensors that are not compressed are shared with `model`, but for those that the program has
+    replaced (tuned norms and biases). Only LoRA factors require grad.
     """
-    view = shallow_copy(model)
+    view = shallow_copy(model, {name: program.tensors[name] for name in program.replaced})
     for site in program.sites:
         packed = program.fact(site.name, Packed).weight
         adapter = program.find(site.name, Adapter)
@@ -33,11 +35,16 @@ def build_module_view(model: nn.Module, program: Program) -> nn.Module:
     return view
 
 
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares all tensors; its parameters are frozen."""
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def shallow_copy(model: nn.Module, changed: Mapping[str, Tensor] = NOTHING) -> nn.Module:
+    """A copy of the module tree that shares all tensors but those `changed`, by name; its
+    parameters are frozen."""
     memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for name, parameter in model.named_parameters():
+        tensor = changed.get(name, parameter).detach()
+        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowra.compiler.correction import Correction
-from lowra.compiler.facts import Adapter, Assigned, Packed, Statistics
+from lowra.compiler.facts import Adapter, Assigned, BlockTuning, ModelTuning, Packed, Statistics
 from lowra.compiler.program import Program, Site
 from lowra.compiler.storage import PackedWeight
 
@@ -28,6 +28,7 @@ def make_report(program: Program, stages: Mapping[str, float], seconds: float) -
         "totals": _totals(program, sites),
         "assignment": assignment_of(program),
         "calibration_tokens": tokens,
+        "tuning": _tuning(program),
         "sites": sites,
         "skipped": [
             {"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in program.skipped
@@ -67,6 +68,18 @@ def _loss_unit(program: Program) -> str:
     if any(statistics and statistics.sensitivity is not None for statistics in found):
         return "nats per token"
     return "shares of a layer's output energy, summed"
+
+
+def _tuning(program: Program) -> dict[str, Any]:
+    """Held-out errors before and after tuning: of each block's output, and KL of the model."""
+    blocks = {f.block: f for s in program.sites if (f := program.find(s.name, BlockTuning))}
+    models = [f for s in program.sites if (f := program.find(s.name, ModelTuning))]
+    return {
+        "blocks": [
+            {"name": f.block, "before": f.before, "after": f.after} for f in blocks.values()
+        ],
+        "kl": {"before": models[0].before, "after": models[0].after} if models else None,
+    }
 
 
 def _weight(program: Program, site: Site) -> PackedWeight:

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from lowra.cli.options import Dtype, Preset, Unit
+from lowra.cli.options import Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output
 from lowra.cli.tables import bytes_text, group_alike
-from lowra.recipe import PRESETS, UNITS
+from lowra.recipe import PRESETS, TUNES, UNITS
 from lowra.runtime.checkpoint import DTYPES
 from tests.cli.conftest import QUICK
 
@@ -19,6 +19,7 @@ from tests.cli.conftest import QUICK
 def test_options_name_what_the_library_knows():
     assert [preset.value for preset in Preset] == list(PRESETS)
     assert [unit.value for unit in Unit] == list(UNITS)
+    assert [tune.value for tune in Tune] == list(TUNES)
     assert {dtype.value for dtype in Dtype} == set(DTYPES)
 
 
@@ -73,6 +74,22 @@ def test_compile_prints_totals_and_keeps_a_work_folder_that_was_chosen(
     again = lowra(*words, "--overwrite")
     assert again.exit_code == 0, again.output
     assert "used again" in again.stderr
+
+
+def test_compile_with_tuning(lowra, dense, tmp_path):
+    data = lowra.json("compile", dense, tmp_path / "o", *QUICK, "--tune", "blocks",
+                      "--tune-steps", 2)  # fmt: skip
+    assert (data["recipe"]["tune"], data["recipe"]["tune_steps"]) == ("blocks", 2)
+    assert [block["name"] for block in data["tuning"]["blocks"]] == [
+        "model.layers.0", "model.layers.1",
+    ]  # fmt: skip
+    assert data["seconds"]["tune-blocks"] > 0
+
+
+def test_tuning_without_a_graph_is_refused(lowra, dense, tmp_path, no_graph):
+    done = lowra("compile", dense, tmp_path / "o", *QUICK, "--tune", "full")
+    assert done.exit_code != 0
+    assert "tuning needs the traced graph" in done.stderr
 
 
 def test_compile_to_the_paper_without_data(lowra, dense, tmp_path, no_graph):

@@ -1,0 +1,60 @@
+"""Tiny models, quantized and ready to be tuned; and twice the same data for all."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowra.compiler.facts import Packed
+from lowra.compiler.pipeline import Pass, run_pipeline
+from lowra.compiler.program import Program
+from lowra.compiler.spill import Spill
+from lowra.passes import (
+    AssignPrecision,
+    CollectStatistics,
+    FitCodebooks,
+    QuantizeWeights,
+    RotateInputs,
+)
+from tests import models
+from tests.compiler.captured import normalized
+
+QUANTIZE: tuple[Pass, ...] = (
+    RotateInputs(), CollectStatistics(), FitCodebooks(widths=(1, 2, 3)), AssignPrecision(3.0),
+    QuantizeWeights(),
+)  # fmt: skip
+
+
+def data(name: str, batches: int = 8) -> tuple[tuple[Tensor, ...], ...]:
+    model, _ = normalized(name)
+    return tuple(tuple(models.tokens(model, 4, 16, seed=i).values()) for i in range(batches))
+
+
+@functools.cache
+def quantized(name: str) -> Program:
+    """A tiny model with mixed widths, its statistics in a folder that goes with it."""
+    _, program = normalized(name)
+    return run_pipeline(replace(program, calibration=data(name), spill=Spill()), QUANTIZE)
+
+
+def tuned(program: Program, step: Pass, folder: Path | None = None) -> Program:
+    """`program` after one tuning pass that keeps its files in a folder of its own."""
+    return run_pipeline(replace(program, spill=Spill(folder)), (step,))
+
+
+def stored_bytes(program: Program) -> dict[str, Tensor]:
+    """Everything that would be stored, by name."""
+    made = {name: program.tensors[name].detach() for name in program.replaced}
+    for site in program.sites:
+        weight = program.fact(site.name, Packed).weight
+        made |= {f"{site.name}.{role}": t for role, t in weight.tensors().items()}
+    return made
+
+
+def same(one: Program, other: Program) -> bool:
+    a, b = stored_bytes(one), stored_bytes(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
