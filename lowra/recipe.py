@@ -132,6 +132,7 @@ class Recipe:
         self._check_types()
         self._check_widths()
         self._check_layout()
+        self._check_tuning()
         bits = self.correction_bits
         if type(bits) is not int or bits not in CORRECTION_BITS:
             raise RecipeError(f"correction_bits={bits!r} must be 4 or 8")
@@ -187,20 +188,24 @@ class Recipe:
         for name in ("threshold_average", "loftq_mappings"):
             if not self.is_paper and getattr(self, name) is not None:
                 raise RecipeError(f"{name}={getattr(self, name)!r} needs preset='lowra'")
-        anew = {"correction_rank": self.correction_rank > 0,
-                "init": self.init in ("alternate", "loftq")}  # fmt: skip
-        for name in (name for name, quantizes in anew.items() if quantizes):
-            if self.tune != "none":
-                raise RecipeError(
-                    f"{name}={getattr(self, name)!r} quantizes anew what tune={self.tune!r} has "
-                    "tuned; leave one of them out"
-                )
         changed = [name for name, differs in fixed.items() if differs]
         if self.is_paper and changed:
             raise RecipeError(
                 f"{changed[0]}={getattr(self, changed[0])!r} is not part of preset 'lowra', "
                 "which is the paper to the letter; use preset 'default'"
             )
+
+    def _check_tuning(self) -> None:
+        anew = {
+            "correction_rank": self.correction_rank > 0,
+            "init": self.init in ("alternate", "loftq"),
+        }
+        for name, quantizes in anew.items():
+            if quantizes and self.tune != "none":
+                raise RecipeError(
+                    f"{name}={getattr(self, name)!r} quantizes anew what tune={self.tune!r} has "
+                    "tuned; leave one of them out"
+                )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
