@@ -343,6 +343,13 @@ def _tables(row_widths: Tensor, codebooks: Tensor) -> list[Tensor]:
     return list(codebooks.split(sizes))
 
 
+def with_tables(weight: PackedWeight, codebooks: Tensor, scales: Tensor | None) -> PackedWeight:
+    """The same codes over other codebooks and scales, flat, rounded to what its file stores."""
+    stored = encode_tables(weight.row_widths, codebooks, scales, weight.group, weight.compact)
+    stored |= {"codes": weight.codes, "row_widths": pack_nibbles(weight.row_widths)}
+    return from_tensors(stored, weight.n, weight.k, weight.group, weight.rotation)
+
+
 def pack_weight(
     codes: Tensor,
     row_widths: Tensor,

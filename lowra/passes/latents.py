@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.compiler.compact import Compact, round_levels
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.feedback import scale_index
-from lowra.passes.panels import Panel, as_stored, put_together, take_apart
+from lowra.passes.panels import Panel, put_together, take_apart
 
 FEW = 8
 """Up to here, a comparison per threshold is faster than a binary search."""
@@ -81,6 +82,7 @@ class LatentPanel:
 
     start: Panel
     group: int
+    compact: Compact
     latents: Tensor
     spacing: Tensor
     level_offset: Tensor
@@ -104,11 +106,15 @@ class LatentPanel:
         return _Look.apply(self.latents, self.levels(), factors)  # pyright: ignore
 
     def stored(self) -> Panel:
-        levels = as_stored(self.levels().detach())
+        """The panel with its levels rounded as stored, and the codes nearest to those.
+
+        Scales are rounded where the whole weight is put together: codes do not depend on them.
+        """
+        levels = round_levels(self.levels().detach(), self.compact)
         scales = self.scales()
         return replace(
             self.start, levels=levels, codes=nearest(self.latents.detach(), levels),
-            scales=None if scales is None else as_stored(scales.detach()),
+            scales=None if scales is None else scales.detach(),
         )  # fmt: skip
 
 
@@ -119,7 +125,7 @@ class LatentWeight:
         """`wanted` float32 [n, k] in rotated coordinates: what each value would like to be."""
         self.packed = packed
         self.panels = [
-            _latent_panel(panel, wanted[panel.index], packed.group, frozen_codes)
+            _latent_panel(panel, wanted[panel.index], packed, frozen_codes)
             for panel in take_apart(packed)
         ]
         order = torch.cat([panel.start.index for panel in self.panels])
@@ -144,19 +150,20 @@ class LatentWeight:
         return put_together([panel.stored() for panel in self.panels], self.packed)
 
 
-def _latent_panel(start: Panel, wanted: Tensor, group: int, frozen: bool) -> LatentPanel:
+def _latent_panel(start: Panel, wanted: Tensor, packed: PackedWeight, frozen: bool) -> LatentPanel:
     levels = start.levels
     spacing = (levels[..., -1:] - levels[..., :1]) / (levels.shape[-1] - 1)
     unit = wanted
     if start.scales is not None:
         scales = torch.where(start.scales == 0, torch.ones(()), start.scales)
-        unit = wanted / scales[:, scale_index(wanted.shape[1], group)]
+        unit = wanted / scales[:, scale_index(wanted.shape[1], packed.group)]
     low, high = _bins(start.codes, levels, spacing)
     latents = torch.minimum(torch.maximum(unit, low), high).requires_grad_(not frozen)
     offset = None if start.scales is None else torch.zeros_like(start.scales).requires_grad_()
     return LatentPanel(
-        start, group, latents, spacing, torch.zeros_like(levels).requires_grad_(), offset
-    )
+        start, packed.group, packed.compact, latents, spacing,
+        torch.zeros_like(levels).requires_grad_(), offset,
+    )  # fmt: skip
 
 
 def _bins(codes: Tensor, levels: Tensor, spacing: Tensor) -> tuple[Tensor, Tensor]:

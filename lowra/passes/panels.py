@@ -1,7 +1,4 @@
-"""A packed weight taken apart into codes, levels and scales, and put together again.
-
-Everything that turns what a pass would like to store into what is stored goes through `as_stored`.
-"""
+"""A packed weight taken apart into codes, levels and scales, and put together again."""
 
 from __future__ import annotations
 
@@ -10,26 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowra.compiler.packing import row_words, unpack_rows
+from lowra.compiler.packing import levels_of, row_words, unpack_rows, width_of
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
+from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups, with_tables
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The rows of one width: codes int32 [rows, k], levels float32 [L] shared or [rows, L],
-    scales float32 [rows, groups] or None, and the rows' places int64 [rows] in the weight."""
+    """The rows of one width (its id): codes int32 [rows, k], levels float32 [L] shared or [rows,
+    L], scales float32 [rows, groups] or None, and the rows' places int64 [rows] in the weight."""
 
     width: int
     index: Tensor
     codes: Tensor
     levels: Tensor
     scales: Tensor | None
-
-
-def as_stored(values: Tensor) -> Tensor:
-    """Scales or levels rounded to what storage holds, as float32."""
-    return values.to(torch.float16).float()
 
 
 def take_apart(weight: PackedWeight) -> list[Panel]:
@@ -41,13 +33,13 @@ def take_apart(weight: PackedWeight) -> list[Panel]:
     row, word, value = 0, 0, 0
     for width, rows in weight.panels:
         words = rows * row_words(weight.k, width)
-        values = (1 if weight.shared else rows) << width
+        values = (1 if weight.shared else rows) * levels_of(width)
         levels = weight.codebooks[value : value + values].float()
         panels.append(
             Panel(
                 width, order[row : row + rows],
                 unpack_rows(weight.codes[word : word + words], rows, weight.k, width),
-                levels if weight.shared else levels.view(rows, 1 << width),
+                levels if weight.shared else levels.view(rows, levels_of(width)),
                 None if scales is None else scales[row : row + rows],
             )
         )  # fmt: skip
@@ -62,17 +54,19 @@ def put_together(panels: list[Panel], like: PackedWeight) -> PackedWeight:
     scales = None if like.scales is None else torch.zeros(like.n, groups)
     most = max(panel.levels.shape[-1] for panel in panels)
     tables = torch.zeros(like.n, most)
-    shared: dict[int, Tensor] = {}
+    shared: dict[float, Tensor] = {}
     for panel in panels:
         codes[panel.index] = panel.codes
         if scales is not None and panel.scales is not None:
             scales[panel.index] = panel.scales
         if like.shared:
-            shared[panel.width] = panel.levels
+            shared[width_of(panel.width)] = panel.levels
         else:
             tables[panel.index, : panel.levels.shape[-1]] = panel.levels
     books = shared if like.shared else tables
-    return pack_weight(codes, like.row_widths, books, scales, like.group, like.rotation)
+    return pack_weight(
+        codes, like.row_widths, books, scales, like.group, like.rotation, like.compact
+    )
 
 
 def rotated_values(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,10 +79,7 @@ def scaled(packed: PackedWeight, factor: Tensor) -> PackedWeight:
     rows = factor.detach()[packed.order.long()]
     if packed.scales is not None:
         scales = packed.scales.float().view(packed.n, -1) * rows.unsqueeze(1)
-        return replace(packed, scales=_half(scales))
-    counts = torch.tensor([1 << width for width, count in packed.panels for _ in range(count)])
-    return replace(packed, codebooks=_half(packed.codebooks * rows.repeat_interleave(counts)))
-
-
-def _half(values: Tensor) -> Tensor:
-    return as_stored(values).to(torch.float16).reshape(-1)
+        return with_tables(packed, packed.codebooks, scales.reshape(-1))
+    counts = torch.tensor([levels_of(id) for id, count in packed.panels for _ in range(count)])
+    codebooks = packed.codebooks.float() * rows.repeat_interleave(counts)
+    return with_tables(packed, codebooks, None)
