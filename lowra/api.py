@@ -33,6 +33,10 @@ from lowra.workflows.skeletons import load_skeleton
 
 M = TypeVar("M", bound=nn.Module)
 BATCH_TOKENS = 4096
+HELD_OUT_TOKENS = 1024
+"""Calibration tokens that no pass learns from: what a plan is compared with uniform widths on."""
+HOLD_OUT_ONE_IN = 8
+"""Of fewer windows than this, none is held out."""
 log = logging.getLogger("lowra")
 
 
@@ -81,7 +85,7 @@ def compile(
         view = build_module_view(model, program)
     report = make_report(program, stages, time.perf_counter() - begun)
     # The statistics are not needed any more: a temporary spill folder goes with this object.
-    program = replace(program, calibration=(), spill=Spill.closed(), source=None)
+    program = replace(program, calibration=(), held_out=(), spill=Spill.closed(), source=None)
     plan_data = make_plan(program, recipe, kept_bytes(model, program)).to_dict()
     info = Compiled(
         program.sites, program.fingerprint, recipe.to_dict(), plan_data, report, program
@@ -190,8 +194,9 @@ def _calibrated(
     if calibration is None:
         try:
             ids = generate_calibration(
-                model, tokens=recipe.calibration_tokens, context=recipe.context, seed=recipe.seed
-            )
+                model, tokens=recipe.calibration_tokens + _extra(recipe), context=recipe.context,
+                seed=recipe.seed,
+            )  # fmt: skip
         except CalibrationError as error:
             log.warning("compiling data-free: %s", error)
             return program
@@ -200,8 +205,24 @@ def _calibrated(
             calibration, tokenizer, vocabulary_size(model) or 0,
             tokens=recipe.calibration_tokens, context=recipe.context,
         )  # fmt: skip
+    count = min(len(ids) // HOLD_OUT_ONE_IN, max(1, HELD_OUT_TOKENS // ids.shape[1]))
+    learned, held_out = ids[: len(ids) - count], ids[len(ids) - count :]
+    return replace(
+        program,
+        calibration=_token_batches(program, learned),
+        held_out=_token_batches(program, held_out) if count else (),
+    )
+
+
+def _extra(recipe: Recipe) -> int:
+    """Tokens to write for holding out, where there is enough text to hold some out."""
+    plenty = recipe.calibration_tokens >= HOLD_OUT_ONE_IN * HELD_OUT_TOKENS
+    return HELD_OUT_TOKENS if plenty else 0
+
+
+def _token_batches(program: Program, ids: Tensor) -> tuple[tuple[Tensor, ...], ...]:
     batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
-    return replace(program, calibration=tuple(_token_batch(program, batch) for batch in batches))
+    return tuple(_token_batch(program, batch) for batch in batches)
 
 
 def _token_batch(program: Program, ids: Tensor) -> tuple[Tensor, ...]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lowra.compiler.compact import CODEBOOK_BITS, SCALE_BITS, Compact
-from lowra.compiler.errors import BudgetError, RecipeError, nearest
+from lowra.compiler.errors import RecipeError, nearest
 from lowra.compiler.packing import TERNARY, WIDTHS
 from lowra.compiler.pipeline import Pass
 from lowra.passes import (
     AssignPrecision,
     CollectStatistics,
+    CompareUniform,
     CorrectWeights,
     FitCodebooks,
     InitializeAdapters,
@@ -29,6 +29,7 @@ from lowra.passes import (
 )
 from lowra.passes.correct_weights import CORRECTION_BITS
 from lowra.passes.paper_mappings import AVERAGES
+from lowra.recipe_checks import check_budget, check_choice, check_whole, is_positive, patterns
 
 PRESETS = ("default", "lowra")
 RANKS = (0, 4, 8, 16, 32)
@@ -37,6 +38,8 @@ RANKS = (0, 4, 8, 16, 32)
 UNITS = ("row", "layer", "siblings")
 INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
 MAPPINGS = ("kept", "relearned")
+PREFIX = 0.3
+"""Share of the quantized prefix's error that a site makes up for (decision 10)."""
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
 TUNES = ("none", "blocks", "full")
@@ -114,21 +117,21 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_budget(self.bit_budget)
-        _check_choice("preset", self.preset, PRESETS)
-        _check_choice("unit", self.unit, UNITS)
+        check_budget(self.bit_budget)
+        check_choice("preset", self.preset, PRESETS)
+        check_choice("unit", self.unit, UNITS)
         for name, choices in (
             ("init", INITS), ("threshold_average", AVERAGES), ("loftq_mappings", MAPPINGS),
         ):  # fmt: skip
             if getattr(self, name) is not None:
-                _check_choice(name, getattr(self, name), choices)
-        _check_choice("tune", self.tune, TUNES)
+                check_choice(name, getattr(self, name), choices)
+        check_choice("tune", self.tune, TUNES)
         self._check_auto_rank()
         for name in ("rank", "correction_rank", "seed", *SIZES):
             if (name, self.rank) != ("rank", "auto"):
-                _check_whole(name, getattr(self, name), 1 if name in SIZES else 0)
+                check_whole(name, getattr(self, name), 1 if name in SIZES else 0)
         for name in ("include", "ignore"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+            object.__setattr__(self, name, patterns(name, getattr(self, name)))
         self._check_types()
         self._check_widths()
         self._check_layout()
@@ -147,7 +150,7 @@ class Recipe:
         for name in ("rotation", "shared_codebooks", "count_adapters"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.alpha is not None and not _is_positive(self.alpha):
+        if self.alpha is not None and not is_positive(self.alpha):
             raise RecipeError(f"alpha={self.alpha!r} must be a positive number")
         if isinstance(self.seed, int) and self.seed >= 1 << 63:
             raise RecipeError(f"seed={self.seed} must be below 2^63")
@@ -299,8 +302,8 @@ class Recipe:
                 scale_bits=self.compact.scale_bits,
                 codebook_bits=self.compact.codebook_bits,
             ),  # fmt: skip
-            self._replay() if replay else self.assignment(),
-            QuantizeWeights(feedback=not self.is_paper),
+            *self._precision(replay),
+            QuantizeWeights(feedback=not self.is_paper, prefix=0.0 if self.is_paper else PREFIX),
             *self.tuning(),
         ]
         if self.correction_rank:
@@ -336,44 +339,13 @@ class Recipe:
             correction_bits=self.correction_bits,
         )
 
-    def _replay(self) -> ReplayPrecision:
+    def _precision(self, replay: bool) -> tuple[Pass, ...]:
+        """What decides widths: an earlier plan, the paper, or a plan held against uniform ones."""
         rank = self.fixed_rank if self.count_adapters else 0
-        budget = 0.0 if self.is_paper else float(self.bit_budget)
-        return ReplayPrecision(
-            budget=budget, adapter_rank=rank, correction_rank=self.correction_rank,
-            correction_bits=self.correction_bits,
-        )  # fmt: skip
-
-
-def _check_budget(budget: Any) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        kind = type(budget).__name__
-        raise RecipeError(f"bit_budget={budget!r} is a {kind}; give a number such as 1.5")
-    if not math.isfinite(budget) or budget <= 0:
-        raise BudgetError(
-            f"bit_budget={budget!r} is not a positive number of bits per weight; "
-            "lowra reaches about 1.1 to 8"
-        )
-
-
-def _is_positive(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{name}={value!r} is unknown; {nearest(str(value), choices)}")
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RecipeError(f"{name}={value!r} must be a whole number of {least} or more")
-
-
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
-        raise RecipeError(f"{name}={value!r} must be patterns, as strings")
-    return tuple(value)
+        counted = (rank, self.correction_rank, self.correction_bits)
+        if replay:
+            budget = 0.0 if self.is_paper else float(self.bit_budget)
+            return (ReplayPrecision(budget, *counted),)
+        if self.is_paper or self.pins or self.rank == "auto":
+            return (self.assignment(),)
+        return (self.assignment(), CompareUniform(float(self.bit_budget), *counted))

@@ -10,34 +10,8 @@ import pytest
 
 from lowra.compiler.errors import BudgetError, RecipeError
 from lowra.compiler.pipeline import parse_pipeline, print_pipeline
-from lowra.passes import (
-    AssignPrecision,
-    CollectStatistics,
-    FitCodebooks,
-    InitializeAdapters,
-    MeasureSensitivity,
-    NormalizeLinears,
-    QuantizeWeights,
-    RewriteLinears,
-    RotateInputs,
-    TuneBlocks,
-    TuneModel,
-)
+from lowra.passes import PASSES
 from lowra.recipe import Recipe
-
-PASSES = (
-    AssignPrecision,
-    CollectStatistics,
-    FitCodebooks,
-    InitializeAdapters,
-    MeasureSensitivity,
-    NormalizeLinears,
-    QuantizeWeights,
-    RewriteLinears,
-    RotateInputs,
-    TuneBlocks,
-    TuneModel,
-)
 
 
 def text(**options: Any) -> str:
@@ -236,7 +210,8 @@ def test_the_default_pipeline_as_text() -> None:
     assert text(bit_budget=1.5) == (
         "normalize-linears rotate-inputs collect-statistics measure-sensitivity "
         "fit-codebooks{widths=1,1.6,2,3,4 scale_bits=8} "
-        "assign-precision{budget=1.5} quantize-weights initialize-adapters rewrite-linears"
+        "assign-precision{budget=1.5} compare-uniform{budget=1.5} quantize-weights{prefix=0.3} "
+        "initialize-adapters rewrite-linears"
     )
 
 
@@ -256,7 +231,7 @@ def test_every_option_arrives_in_the_pipeline() -> None:
         "fit-codebooks{widths=1,2,4 group=64 shared=false scale_bits=4 codebook_bits=8} "
         "assign-precision{budget=2.25 unit=layer pins=*.v_proj=4 adapter_rank=8 "
         "correction_rank=4 correction_bits=8} "
-        "quantize-weights correct-weights{rank=4 bits=8} "
+        "quantize-weights{prefix=0.3} correct-weights{rank=4 bits=8} "
         "initialize-adapters{rank=8 alpha=12.5 rule=loftq seed=7} "
         "rewrite-linears"
     )
@@ -270,8 +245,10 @@ def test_the_text_of_a_pipeline_reads_back_as_its_passes(preset: str) -> None:
 
 def test_tuning_is_off_unless_asked_for_and_blocks_come_before_the_model() -> None:
     assert "tune" not in text(bit_budget=2)
-    assert "quantize-weights tune-blocks initialize-adapters" in text(bit_budget=2, tune="blocks")
-    assert "quantize-weights tune-blocks tune-model rewrite-linears" in text(
+    assert "quantize-weights{prefix=0.3} tune-blocks initialize-adapters" in text(
+        bit_budget=2, tune="blocks"
+    )
+    assert "quantize-weights{prefix=0.3} tune-blocks tune-model rewrite-linears" in text(
         bit_budget=2, tune="full", rank=0
     )
     sizes = {"tune_steps": 5, "tune_model_steps": 6, "tune_batch_tokens": 128}

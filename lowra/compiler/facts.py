@@ -46,11 +46,12 @@ class Prefix:
 
     `gram` is the mean of x^ x^', `drift` of (x - x^) x^', over calibration tokens; both float32
     [k, k] in original input coordinates, kept on disk. The weight that comes closest to W x when
-    it is given x^ is W + W drift gram^-1.
+    it is given x^ is W + W drift gram^-1; the site was quantized for W + share W drift gram^-1.
     """
 
     gram: StoredTensor
     drift: StoredTensor
+    share: float
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,25 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How far two plans take the model on held-out tokens: the planner's, and `width` for all rows.
+
+    In nats per token of KL from the original model, or, for a model without next-token logits, in
+    relative squared error of its output. The plan with the smaller number was kept.
+    """
+
+    width: float
+    mixed: float
+    uniform: float
+
+
+@dataclass(frozen=True)
 class Assigned:
-    """The expected loss of a site at its widths, and the proof that all sites share."""
+    """The expected loss of a site at its widths, and the proof and comparison all sites share."""
 
     loss: float
     proof: Proof
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)

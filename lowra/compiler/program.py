@@ -72,6 +72,7 @@ class Program:
     """What the compiler works on.
 
     `graph` takes `inputs` in order and returns one tensor; its get_attr nodes name `tensors`.
+    `calibration` are batches of inputs that passes learn from, `held_out` some that only judge.
     `example` are inputs it can be traced with; `causal` says that the output is next-token logits.
     It is None for a program captured from the module tree, which then runs `source` itself.
     `replaced` are the model's own tensors, by name, in whose place a pass has put others (tuned
@@ -91,6 +92,7 @@ class Program:
     replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     example: tuple[Tensor, ...] = ()
     calibration: tuple[tuple[Tensor, ...], ...] = ()
+    held_out: tuple[tuple[Tensor, ...], ...] = ()
     spill: Spill = field(default_factory=Spill.closed)
     fingerprint: str = ""
     history: tuple[str, ...] = ()

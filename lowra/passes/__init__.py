@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowra.compiler.pipeline import Pass
 from lowra.passes.assign_precision import AssignPrecision
 from lowra.passes.collect_statistics import CollectStatistics
+from lowra.passes.compare_uniform import CompareUniform
 from lowra.passes.correct_weights import CorrectWeights
 from lowra.passes.fit_codebooks import FitCodebooks
 from lowra.passes.initialize_adapters import InitializeAdapters
@@ -25,6 +26,7 @@ PASSES: tuple[type[Pass], ...] = (
     FitCodebooks,
     AssignPrecision,
     ReplayPrecision,
+    CompareUniform,
     QuantizeWeights,
     TuneBlocks,
     TuneModel,

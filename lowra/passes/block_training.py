@@ -17,7 +17,7 @@ from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.block_runner import BlockRunner, Linears, Product, Values, product
 from lowra.passes.latents import LatentWeight, wanted_values
-from lowra.passes.moments import InputMoments, MomentsReader, moments_behind
+from lowra.passes.moments import InputMoments, MomentsReader, moments_of_prefix
 from lowra.passes.panels import rotated_values
 from lowra.passes.tuning import held_out, shuffled
 
@@ -101,8 +101,7 @@ def _metric(program: Program, reader: MomentsReader, site: Site) -> InputMoments
     prefix = program.find(site.name, Prefix)
     if prefix is None:
         return reader.read(site)
-    rotation = program.fact(site.name, Rotation)
-    return moments_behind(prefix.gram.load(), prefix.drift.load(), rotation)
+    return moments_of_prefix(prefix, program.fact(site.name, Rotation))
 
 
 def block_error(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowra.compiler.facts import Statistics
+from lowra.compiler.facts import Prefix, Statistics
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation, rotate_gram
 from lowra.passes.feedback import Factor, factorize
@@ -50,6 +50,11 @@ def moments_behind(gram: Tensor, drift: Tensor, rotation: Rotation) -> InputMome
     """InputMoments of an input behind a quantized prefix, given in original coordinates."""
     moments = moments_of(rotate_gram(gram, rotation))
     return replace(moments, drift=rotate_gram(drift, rotation).T)  # which transposes
+
+
+def moments_of_prefix(prefix: Prefix, rotation: Rotation) -> InputMoments:
+    """The moments that a site is quantized for behind its prefix."""
+    return moments_behind(prefix.gram.load(), prefix.share * prefix.drift.load(), rotation)
 
 
 def moments_of(gram: Tensor) -> InputMoments:

@@ -19,7 +19,7 @@ from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.spill import StoredTensor, write_tensors
 from lowra.compiler.storage import from_tensors
-from lowra.passes.moments import InputMoments, MomentsReader, moments_behind, output_error
+from lowra.passes.moments import InputMoments, MomentsReader, moments_of_prefix, output_error
 from lowra.passes.prefix import PrefixStream, prefix_order
 from lowra.passes.quantizer import quantize
 
@@ -86,7 +86,8 @@ class QuantizeWeights(Pass):
             join(program.site(name))
         for group in groups:
             prefix = self._prefix(program, group[0], link, stream)
-            read = functools.cache(functools.partial(self._behind, program, group[0], prefix))
+            rotation = program.fact(group[0].name, Rotation)
+            read = functools.cache(functools.partial(moments_of_prefix, prefix, rotation))
             for site in group:
                 key = self._key(program, site, link)
                 facts[site.name] = [self._packed(program, site, key, read), prefix]
@@ -100,11 +101,7 @@ class QuantizeWeights(Pass):
         path = program.spill.path("prefix", *self._key(program, site, link))
         if not path.exists():
             write_tensors(stream.moments(site), path)
-        return Prefix(StoredTensor(path, "gram"), StoredTensor(path, "drift"))
-
-    def _behind(self, program: Program, site: Site, prefix: Prefix) -> InputMoments:
-        rotation = program.fact(site.name, Rotation)
-        return moments_behind(prefix.gram.load(), prefix.drift.load() * self.prefix, rotation)
+        return Prefix(StoredTensor(path, "gram"), StoredTensor(path, "drift"), self.prefix)
 
     def _key(self, program: Program, site: Site, link: str) -> Key:
         """What the result of a site depends on, `link` standing for all that went before; the

@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from lowra.compiler.correction import correction_bits
 from lowra.compiler.errors import BudgetError, PlanError
-from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
+from lowra.compiler.facts import Assigned, Codebooks, Precision, Proof
 from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program
-from lowra.compiler.storage import row_bits, site_bits
+from lowra.passes.plan_bits import Counted, plan_bits
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,19 @@ class ReplayPrecision(Pass):
     correction_bits: int = 4
 
     def run(self, program: Program) -> Program:
+        plan = {site.name: program.fact(site.name, Precision) for site in program.sites}
         losses: dict[str, float] = {}
-        bits = 0
-        for site in program.sites:
-            books = program.fact(site.name, Codebooks)
-            for width, rows in program.fact(site.name, Precision).histogram().items():
+        for name, precision in plan.items():
+            books = program.fact(name, Codebooks)
+            for width in precision.histogram():
                 if width not in books.widths:
                     raise PlanError(
-                        f"the plan gives {site.name} the width {width}, which its recipe does not "
+                        f"the plan gives {name} the width {width}, which its recipe does not "
                         f"fit: {books.widths}; write the plan again"
                     )
-                bits += rows * row_bits(site.k, width, books.group, books.shared, books.compact)
-            losses[site.name] = _loss(books, program.fact(site.name, Precision))
-            used = tuple(program.fact(site.name, Precision).histogram())
-            bits += site_bits(site.n, used, books.shared, books.compact, books.group, site.k)
-            bits += 16 * self._rank(program, site.name) * (site.n + site.k)
-            bits += correction_bits(site.n, site.k, self.correction_rank, self.correction_bits)
+            losses[name] = _loss(books, precision)
+        counted = Counted(self.adapter_rank, self.correction_rank, self.correction_bits)
+        bits = plan_bits(program, plan, counted)
         weights = sum(site.weights for site in program.sites)
         if self.budget and bits > self.budget * weights:
             raise BudgetError(
@@ -59,10 +55,6 @@ class ReplayPrecision(Pass):
             )
         proof = Proof(sum(losses.values()), bits, int(self.budget * weights))
         return program.with_facts({name: [Assigned(loss, proof)] for name, loss in losses.items()})
-
-    def _rank(self, program: Program, name: str) -> int:
-        chosen = program.find(name, AdapterRank)
-        return self.adapter_rank if chosen is None else chosen.rank
 
 
 def _loss(books: Codebooks, precision: Precision) -> float:

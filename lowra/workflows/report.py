@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def assignment_of(program: Program) -> dict[str, Any] | None:
     """The expected loss of the plan, the proven bound on every other plan, and the price of a bit.
 
     `unit` says what a loss is. bound, gap and price are None where widths were replayed, or
-    ranks chosen with them. None for a program without an assignment.
+    ranks chosen with them. uniform: the comparison with one width for all rows on held-out tokens,
+    None where nothing was compared. None for a program without an assignment.
     """
     found = [a for s in program.sites if (a := program.find(s.name, Assigned)) is not None]
     if not found:
@@ -58,6 +60,7 @@ def assignment_of(program: Program) -> dict[str, Any] | None:
         "unit": _loss_unit(program),
         "bits": proof.bits,
         "budget_bits": proof.budget,
+        "uniform": None if found[0].comparison is None else asdict(found[0].comparison),
     }
 
 

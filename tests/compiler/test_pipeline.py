@@ -16,7 +16,9 @@ from lowra.compiler.facts import (
     Adapter,
     AdapterRank,
     Assigned,
+    BlockTuning,
     Codebooks,
+    ModelTuning,
     Packed,
     Precision,
     Statistics,
@@ -234,8 +236,8 @@ def test_a_pass_that_breaks_a_site_is_named() -> None:
 def test_every_pass_declares_facts_as_types() -> None:
     known = {
         Statistics, Codebooks, Precision, Assigned, AdapterRank, Packed, Correction, Adapter,
-        Rotation,
+        Rotation, BlockTuning, ModelTuning,
     }  # fmt: skip
     for kind in PASSES:
         assert set(kind.reads) | set(kind.writes) <= known
-    assert InitializeAdapters.writes == (Adapter, Packed)
+    assert InitializeAdapters.writes == (Packed,)  # a site of rank 0 has no Adapter

@@ -1,0 +1,40 @@
+"""What a plan stores, in bits, counted as the file will hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowra.compiler.correction import correction_bits
+from lowra.compiler.facts import AdapterRank, Codebooks, Precision
+from lowra.compiler.program import Program, Site
+from lowra.compiler.storage import row_bits, site_bits
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What counts towards the budget beside rows and codebooks: 16-bit LoRA factors of
+    `adapter_rank` (a site's own AdapterRank comes first), and a correction at every site."""
+
+    adapter_rank: int = 0
+    correction_rank: int = 0
+    correction_bits: int = 4
+
+
+def plan_bits(program: Program, plan: Mapping[str, Precision], counted: Counted) -> int:
+    """Stored bits of all sites at the widths of a plan."""
+    return sum(_site(program, site, plan[site.name], counted) for site in program.sites)
+
+
+def _site(program: Program, site: Site, precision: Precision, counted: Counted) -> int:
+    books = program.fact(site.name, Codebooks)
+    rows = precision.histogram()
+    bits = sum(
+        count * row_bits(site.k, width, books.group, books.shared, books.compact)
+        for width, count in rows.items()
+    )
+    bits += site_bits(site.n, tuple(rows), books.shared, books.compact, books.group, site.k)
+    chosen = program.find(site.name, AdapterRank)
+    rank = counted.adapter_rank if chosen is None else chosen.rank
+    bits += 16 * rank * (site.n + site.k)
+    return bits + correction_bits(site.n, site.k, counted.correction_rank, counted.correction_bits)
