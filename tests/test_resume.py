@@ -36,19 +36,19 @@ def compile_stack(model: nn.Module | None = None, **options: Any) -> Any:
 
 
 class Work:
-    """Counts model runs of collect-statistics, fits of fit-codebooks, sites of quantize-weights."""
+    """Counts Gram matrices collected, codebooks fitted, and sites quantized."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reset()
         self.stop_at = 0
         from lowra.passes import collect_statistics, fit_codebooks, quantize_weights
 
-        run, quantize = collect_statistics.Runner.run, quantize_weights.quantize
+        write, quantize = collect_statistics._write, quantize_weights.quantize
         fit = fit_codebooks.FitCodebooks._fit
 
-        def counted_run(*args: Any, **kwargs: Any) -> None:
+        def counted_write(*args: Any) -> None:
             self.statistics += 1
-            run(*args, **kwargs)
+            write(*args)
 
         def counted_fit(*args: Any) -> Any:
             self.fits += 1
@@ -60,7 +60,7 @@ class Work:
                 raise KeyboardInterrupt
             return quantize(*args, **kwargs)
 
-        monkeypatch.setattr(collect_statistics.Runner, "run", counted_run)
+        monkeypatch.setattr(collect_statistics, "_write", counted_write)
         monkeypatch.setattr(fit_codebooks.FitCodebooks, "_fit", counted_fit)
         monkeypatch.setattr(quantize_weights, "quantize", counted_quantize)
 

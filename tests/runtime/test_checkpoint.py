@@ -243,7 +243,8 @@ def test_the_bits_on_disk_are_those_of_the_report_and_within_the_budget(
 def test_the_bits_of_every_site_on_disk_are_those_of_the_report(llama_folder: Path) -> None:
     stored = tensors_of(llama_folder, "model*.safetensors")
     for site in read_manifest(llama_folder)["report"]["sites"]:
-        mine = [stored[f"{site['name']}.{role}"] for role in ROLES]
+        names = [f"{site['name']}.{role}" for role in ROLES]
+        mine = [stored[name] for name in names if name in stored]
         assert site["bytes"] == sum(t.numel() * t.element_size() for t in mine)
 
 

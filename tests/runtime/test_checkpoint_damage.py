@@ -212,7 +212,12 @@ def test_another_format_version_is_refused_with_the_way_out(
 
 
 def test_a_checkpoint_of_version_1_is_read(copied: Copied, stack_folder: Path) -> None:
-    folder = edited(copied(stack_folder), lambda m: m.update(format_version=1))
+    def as_it_was(manifest: dict[str, Any]) -> None:
+        manifest["format_version"] = 1
+        for entry in manifest["sites"].values():
+            del entry["correction"]
+
+    folder = edited(copied(stack_folder), as_it_was)
     assert lowra.load(folder, stack()) is not None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lowra
+from lowra.compiler.storage import ROLES
 from lowra.runtime.module_view import quantized_linears
 from tests import models
 from tests.runtime.compiled_models import (
@@ -48,16 +49,15 @@ def test_the_totals_are_those_of_the_layers_buffers() -> None:
     case = compiled_stack()
     layers = quantized_linears(case.compiled)
     for site in report_of(case)["sites"]:
-        buffers = [layers[site["name"]].state_dict()[role] for role in (
-            "codes", "codebooks", "scales", "row_widths",
-        )]  # fmt: skip
+        held = layers[site["name"]].state_dict()
+        buffers = [held[role] for role in ROLES if role in held]
         assert site["bytes"] == sum(b.numel() * b.element_size() for b in buffers)
         assert site["stored_bits"] == 8 * site["bytes"] / (site["shape"][0] * site["shape"][1])
 
 
 def test_code_bits_are_the_widths_of_the_rows() -> None:
     for site in report_of(compiled_stack())["sites"]:
-        bits = sum(int(width) * rows for width, rows in site["rows"].items())
+        bits = sum(float(width) * rows for width, rows in site["rows"].items())
         assert site["code_bits"] == pytest.approx(bits / site["shape"][0])
 
 
@@ -103,7 +103,7 @@ def test_the_error_of_a_site_is_its_relative_output_error() -> None:
 
 def test_the_report_names_calibration_pipeline_capture_and_machine() -> None:
     report = report_of(low_llama())
-    assert report["calibration_tokens"] == 256
+    assert report["calibration_tokens"] == 224  # one window of eight is held out
     assert report["pipeline"].startswith("normalize-linears")
     assert report["pipeline"].endswith("rewrite-linears")
     assert report["capture"] == "torch.export"
