@@ -51,10 +51,10 @@ class TuneModel(Pass):
     name: ClassVar[str] = "tune-model"
     reads: ClassVar = (Rotation, Statistics, Packed)
     writes: ClassVar = (Packed, ModelTuning)
-    steps: int = 80
+    steps: int = 64
     batch_tokens: int = 1024
     rate: float = 0.002
-    check: int = 20
+    check: int = 16
     seed: int = 0
 
     def require(self, program: Program) -> None:
