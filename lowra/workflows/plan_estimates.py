@@ -43,6 +43,7 @@ COSTS = {
     "measure-sensitivity": Cost("weight-gradients", 6.84 / (1.0617e8 * SENSITIVITY_TOKENS)),
     "fit-codebooks": Cost("weight-widths", 11.64 / (1.0617e8 * 4)),
     "assign-precision": Cost("rows", 1.24 / 155520),
+    "compare-uniform": Cost("weight-columns", 25.0 / 8.664e10),
     "quantize-weights": Cost("weight-columns", 34.5 / 8.664e10),
     "initialize-adapters": Cost("weight-columns", 9.55 / 8.664e10),
     "rewrite-linears": Cost("sites", 0.089 / 210),

@@ -32,7 +32,7 @@ def test_the_view_has_norms_of_its_own_and_the_dense_model_keeps_its() -> None:
     case = tuned()
     program = cast("Any", case.compiled).lowra.program
     norm = program.tensors[NORM] * 2
-    changed = replace(program, tensors=program.tensors | {NORM: norm}, replaced=(NORM,))
+    changed = replace(program, tensors=program.tensors | {NORM: norm}, replaced={NORM: norm})
     view = dict(build_module_view(case.dense, changed).named_parameters())
     assert torch.equal(view[NORM], norm) and not view[NORM].requires_grad
     state = case.dense.state_dict()
