@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.ours import PRESETS, TUNED
+from benchmarks.quality.rows import ORIGINAL
 from benchmarks.results_file import FOLDER
 
 README = Path(__file__).parent.parent / "README.md"
@@ -28,29 +30,44 @@ def main() -> None:
 
 
 def quality(data: dict[str, Any]) -> Iterator[str]:
-    """Perplexity by stored bits."""
-    protocol, where = data["protocol"], data["environment"]
-    original = next(row for row in data["rows"] if row["preset"] == "original")
+    """lowra and its peers, sorted by stored bits; what is out of reach or missing is named."""
+    protocol, rows = data["protocol"], data["rows"]
+    original = next(row for row in rows if row["method"] == ORIGINAL)
+    dates = sorted({row["date"] for row in rows if "date" in row})
+    when = " to ".join(sorted({*dates[:1], *dates[-1:]}))
     yield (
         f"{protocol['model']}, {protocol['test']}, {protocol['windows']} windows of "
-        f"{protocol['context']} tokens, {protocol['compressed']}, no fine-tuning; calibrated on "
-        f"{protocol['calibration']}. The original: {original['perplexity']:.2f}. "
-        f"({where['date']}, torch {where['torch']}, `benchmarks/results/quality.json`.)"
+        f"{protocol['context']} tokens, {protocol['compressed']}, no fine-tuning, adapters off; "
+        f"calibrated on {protocol['calibration']}. Every method is charged for all that it stores. "
+        f"The original: {original['perplexity']:.2f}. ({when}, "
+        f"`benchmarks/results/quality.json`, with versions and settings.)"
     )
     yield ""
-    yield "| preset | budget | stored bits | code bits | perplexity | KL | with LoRA start |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in data["rows"]:
-        if row["preset"] == "original":
-            continue
+    yield "| method | stored bits | perplexity | KL | adapter bits | with adapter |"
+    yield "|---|---|---|---|---|---|"
+    measured = [row for row in rows if row["method"] != ORIGINAL and "stored_bits" in row]
+    for row in sorted(measured, key=lambda row: (-row["stored_bits"], row["perplexity"])):
+        yield _quality_row(row)
+    for row in rows:
         if row.get("unreachable"):
-            yield f"| {row['preset']} | {row['bit_budget']:g} | out of reach | | | | |"
-            continue
-        yield (
-            f"| {row['preset']} | {row['bit_budget']:g} | {row['stored_bits']:.3f} | "
-            f"{row['code_bits']:.3f} | {row['perplexity']:,.2f} | {row['kl']:.3f} | "
-            f"{row['perplexity_with_adapter']:,.2f} |"
-        )
+            yield f"| {row['name']} | out of reach | | | | |"
+    yield ""
+    yield "![KL and perplexity by stored bits](benchmarks/results/quality.png)"
+    if data["missing"]:
+        yield ""
+        reasons = "; ".join(f"{name} ({why})" for name, why in data["missing"].items())
+        yield f"Missing: {reasons}."
+
+
+def _quality_row(row: dict[str, Any]) -> str:
+    ours = row["method"].removesuffix(TUNED) in PRESETS
+    name = f"**lowra: {row['name']}**" if ours else row["name"]
+    adapted = row.get("perplexity_with_adapter")
+    beside = " | " if adapted is None else f"{row['adapter_bits']:.3f} | {adapted:,.2f}"
+    return (
+        f"| {name} | {row['stored_bits']:.3f} | {row['perplexity']:,.2f} | {row['kl']:.3f} | "
+        f"{beside} |"
+    )
 
 
 def demo(data: dict[str, Any]) -> Iterator[str]:

@@ -1,152 +1,183 @@
-"""Perplexity and KL by stored bits, both presets, on WikiText-2, without fine-tuning.
+"""Perplexity and KL by stored bits: lowra and its peers on one model, one text, one protocol.
 
-    python -m benchmarks.quality --data FOLDER [--bits 4.25 ... ] [--presets default lowra]
+    python -m benchmarks.quality [--methods default lowra nf4 hqq ...] [--bits 2.25 ...] [--tune]
+    python -m benchmarks.quality --list
 
-FOLDER holds wikitext2-valid.txt (calibration: 32 windows of 1024 tokens) and wikitext2-test.txt
-(32 windows of 1024 tokens). Budgets are stored bits per compressed weight for both presets: the
-paper's preset counts code bits, so its code budget is lowered until its stored bits fit. Every
-linear but the head is compressed. Writes benchmarks/results/quality.json after every row, and
-resumes from it.
+SmolLM2-135M, WikiText-2 test, 32 windows of 1024 tokens, calibration on as much of WikiText-2
+valid, every linear but the head compressed, no fine-tuning, adapters off. Every method is charged
+for all that it stores. Budgets (`--bits`) are lowra's; a peer has the sizes that it has. Peers come
+with `pip install '.[bench]'`; one that is not there is named in the results and keeps the rows that
+it has. A row is written as soon as it is measured, and measured again when its code has changed or
+`--rerun` names it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-import lowra
-from benchmarks.results_file import FOLDER, write_results
+from benchmarks.quality import chart, ours
+from benchmarks.quality.peers import PEERS, Peer
+from benchmarks.quality.protocol import PROTOCOL, Task, smollm2_task
+from benchmarks.quality.rows import (
+    ORIGINAL,
+    Job,
+    Row,
+    code_version,
+    is_finished,
+    merged_missing,
+    read_document,
+    replaced,
+    save,
+)
+from benchmarks.results_file import FOLDER
 from lowra.compiler.progress import show_progress
-from lowra.compiler.storage import row_bits
-from lowra.runtime.module_view import adapters_disabled
-from lowra.workflows.evaluate import evaluate, windows
-from lowra.workflows.models import fetch_smollm2, load_model
 
-COUNT, CONTEXT = 32, 1024
-BUDGETS = (4.25, 3.25, 2.25, 2.0, 1.75, 1.5)
-COLUMNS = ("preset", "bit_budget", "stored_bits", "code_bits", "perplexity", "kl",
-           "perplexity_with_adapter", "seconds")  # fmt: skip
+METHODS = (*ours.PRESETS, *PEERS)
+COLUMNS = ("name", "stored_bits", "perplexity", "kl", "perplexity_with_adapter", "seconds")
 
 
 def main() -> None:
+    arguments = parse()
+    console = Console()
+    document = read_document()
+    if arguments.list:
+        return list_methods(console, document["rows"])
+    if arguments.methods != ["none"]:
+        task = smollm2_task(arguments.data, arguments.work_dir)
+        with show_progress():
+            document = run(task, arguments, document, console)
+    console.print(table_of(document["rows"], document["missing"]))
+    for line in chart.draw(document["rows"], document["missing"], FOLDER):
+        console.print(line)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--bits", type=float, nargs="+", default=list(BUDGETS))
-    parser.add_argument("--presets", nargs="+", default=["default", "lowra"])
-    parser.add_argument("--work-dir", type=Path, default=Path("lowra-demo/quality-work"))
-    arguments = parser.parse_args()
-    model, tokenizer = load_model(fetch_smollm2())
-    texts = [(arguments.data / f"wikitext2-{part}.txt").read_text() for part in ("valid", "test")]
-    calibration, test = (windows(t, tokenizer, count=COUNT, context=CONTEXT) for t in texts)
-    rows = finished_rows()
-    with show_progress():
-        if not any(row["preset"] == "original" for row in rows):
-            result = evaluate(model, test, batch=1)
-            rows.append({"preset": "original", "bit_budget": 16.0, "perplexity": result.perplexity})
-            save(rows)
-        for preset in arguments.presets:
-            for bits in arguments.bits:
-                if not any(r["preset"] == preset and r["bit_budget"] == bits for r in rows):
-                    rows.append(measure(model, test, calibration, preset, bits, arguments.work_dir))
-                    save(rows)
-                    Console().print(rows[-1])
-    Console().print(table_of(rows))
-
-
-def finished_rows() -> list[dict[str, Any]]:
-    """Rows of an earlier run with this version, to resume from."""
-    path = FOLDER / "quality.json"
-    if not path.exists():
-        return []
-    return json.loads(path.read_text())["rows"]
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    protocol = {
-        "model": "SmolLM2-135M-Instruct (bfloat16)", "test": "WikiText-2 test", "windows": COUNT,
-        "context": CONTEXT, "calibration": "WikiText-2 valid, 32 x 1024 tokens",
-        "compressed": "every linear but the head", "fine_tuning": "none",
-    }  # fmt: skip
-    write_results("quality", {"protocol": protocol, "rows": rows})
-
-
-def measure(
-    model: nn.Module, test: Any, calibration: Any, preset: str, bits: float, work_dir: Path
-) -> dict[str, Any]:
-    budget = bits if preset == "default" else paper_code_bits(model, bits)
-    if budget is None:
-        return {"preset": preset, "bit_budget": bits, "unreachable": True}
-    compressed = lowra.compile(
-        model, bit_budget=budget, preset=preset, context=CONTEXT,
-        calibration=calibration if preset == "default" else None,
-        calibration_tokens=COUNT * CONTEXT, work_dir=work_dir,
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=(*METHODS, "none"), metavar="NAME",
+        help=f"of {', '.join(METHODS)}; 'none' only draws what there is",
     )  # fmt: skip
-    totals = compressed.lowra.report["totals"]
-    with adapters_disabled(compressed):
-        base = evaluate(compressed, test, reference=model, batch=1)
-    adapted = evaluate(compressed, test, batch=1)
-    return {
-        "preset": preset, "bit_budget": bits, "stored_bits": totals["stored_bits"],
-        "code_bits": totals["code_bits"], "rows": totals["rows"],
-        "perplexity": base.perplexity, "kl": base.kl,
-        "perplexity_with_adapter": adapted.perplexity,
-        "adapter_bits": totals["adapter_bits"],
-        "seconds": compressed.lowra.report["seconds"]["total"],
-    }  # fmt: skip
+    parser.add_argument("--bits", type=float, nargs="+", default=list(ours.BUDGETS))
+    parser.add_argument("--tune", action="store_true", help="lowra's presets with tuning, too")
+    parser.add_argument("--rerun", nargs="+", default=[], metavar="NAME", help="rows or methods")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="no rows but these")
+    parser.add_argument("--keep", action="store_true", help="keep rows of other code versions")
+    parser.add_argument("--list", action="store_true", help="methods, their rows, what is missing")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work-dir", type=Path, default=Path("lowra-demo/quality-work"))
+    return parser.parse_args()
 
 
-def paper_code_bits(model: nn.Module, stored: float) -> float | None:
-    """The largest code budget whose stored bits surely fit, or None where none does.
-
-    What the paper stores beside codes (absmax scales, tables, width tags) grows with the widths;
-    tables grow convexly with the width, so a mix of the narrowest and the widest bounds them.
-    """
-    best = None
-    for hundredths in range(100, 401):
-        budget = hundredths / 100
-        if worst_stored_bits(model, budget) <= stored:
-            best = budget
-    return best
-
-
-def worst_stored_bits(model: nn.Module, code_bits: float) -> float:
-    recipe = lowra.Recipe(bit_budget=code_bits, preset="lowra")
-    group, shared = recipe.layout
-    widths = recipe.candidate_widths
-    sites = lowra_sites(model)
-    total = weights = 0.0
-    for n, k in sites:
-        beside = [row_bits(k, b, group, shared) - b * k for b in widths]
-        slope = (beside[-1] - beside[0]) / (widths[-1] - widths[0])
-        total += n * (k * code_bits + beside[0] + slope * (code_bits - widths[0]))
-        weights += n * k
-    return total / weights
-
-
-def lowra_sites(model: nn.Module) -> list[tuple[int, int]]:
-    """(n, k) of every linear but the head."""
-    head = model.get_output_embeddings()
-    return [
-        (m.out_features, m.in_features)
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and m is not head
-    ]
+def run(
+    task: Task, arguments: argparse.Namespace, document: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Measure what is asked for and not finished; every row is saved when it is there."""
+    rows, missing = document["rows"], document["missing"]
+    found: dict[str, str | None] = {}
+    for job in jobs(task, arguments, found):
+        if arguments.only and job.name not in (*arguments.only, ORIGINAL):
+            continue
+        if is_finished(job, rows, rerun=arguments.rerun, keep=arguments.keep):
+            found[job.name] = None
+            continue
+        try:
+            row = job.row()
+        except Exception as error:  # another package's failure must not lose the other rows
+            if job.method not in PEERS:
+                raise
+            found[job.name] = f"{type(error).__name__}: {error}".split("\n")[0]
+            console.print(f"{job.name}: {found[job.name]}")
+            continue
+        rows = replaced(rows, row)
+        save(PROTOCOL, rows, merged_missing(missing, found, rows))
+        console.print(row)
+    missing = merged_missing(missing, found, rows)
+    save(PROTOCOL, rows, missing)
+    return {"rows": rows, "missing": missing}
 
 
-def table_of(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"WikiText-2 test, {COUNT} windows of {CONTEXT} tokens")
+def jobs(task: Task, arguments: argparse.Namespace, found: dict[str, str | None]) -> Iterator[Job]:
+    """The rows that the command asks for; why a method has none goes into `found`."""
+    yield original_job(task)
+    version = code_version()
+    for preset in (name for name in ours.PRESETS if name in arguments.methods):
+        for tune in (False, True) if arguments.tune else (False,):
+            method = preset + ours.TUNED * tune
+            found[method] = ours.tuning_missing() if tune else None
+            if found[method] is None:
+                for bits in arguments.bits:
+                    settings = ours.settings_of(preset, bits, tune)
+                    yield our_job(task, method, settings, version)
+    for peer in PEERS.values():
+        why = peer.missing()
+        found[peer.name] = why or "not measured yet"
+        if why is None and peer.name in arguments.methods:
+            for name in peer.settings:
+                yield peer_job(task, peer, name)
+
+
+def original_job(task: Task) -> Job:
+    def measure() -> Row:
+        return {"stored_bits": 16.0, "perplexity": task.score_original().perplexity, "kl": 0.0}
+
+    return Job(ORIGINAL, ORIGINAL, {}, "bfloat16", measure)
+
+
+def our_job(task: Task, method: str, settings: dict[str, Any], version: str) -> Job:
+    name = f"{method} {settings['bit_budget']:g}"
+    return Job(name, method, settings, version, lambda: ours.measure(task, settings))
+
+
+def peer_job(task: Task, peer: Peer, name: str) -> Job:
+    settings = peer.settings[name]
+
+    def measure() -> Row:
+        made = peer.quantize(task, settings)
+        result = task.score_weights(made.weights)
+        row = {
+            "stored_bits": made.bits / task.weight_count, "perplexity": result.perplexity,
+            "kl": result.kl, **({"facts": dict(made.facts)} if made.facts else {}),
+        }  # fmt: skip
+        if made.adapters is not None:
+            both = {n: w.float() + made.adapters[n] for n, w in made.weights.items()}
+            adapted = task.score_weights(both)
+            row |= {
+                "adapter_bits": made.adapter_bits / task.weight_count,
+                "perplexity_with_adapter": adapted.perplexity, "kl_with_adapter": adapted.kl,
+            }  # fmt: skip
+        return row
+
+    return Job(name, peer.name, settings, peer.version() or "", measure)
+
+
+def table_of(rows: list[Row], missing: dict[str, str]) -> Table:
+    table = Table(title="WikiText-2 test, by stored bits", caption=", ".join(
+        f"{name} is missing ({why})" for name, why in missing.items()
+    ))  # fmt: skip
     for column in COLUMNS:
         table.add_column(column.replace("_", " "), justify="right")
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row.get("stored_bits", 0.0)):
         values = [row.get(column) for column in COLUMNS]
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v or "") for v in values))
+        table.add_row(*(f"{v:,.3f}" if isinstance(v, float) else str(v or "") for v in values))
     return table
+
+
+def list_methods(console: Console, rows: list[Row]) -> None:
+    table = Table("method", "what", "rows", "here")
+    for preset in ours.PRESETS:
+        count = sum(row["method"].removesuffix(ours.TUNED) == preset for row in rows)
+        table.add_row(preset, f"lowra, preset {preset!r}", str(count), ours.tuning_missing() or "")
+    for peer in PEERS.values():
+        have = {row["name"] for row in rows}
+        names = ", ".join(f"{name}{'' if name in have else '?'}" for name in peer.settings)
+        table.add_row(peer.name, peer.title, names, peer.version() or peer.missing())
+    console.print(table)
 
 
 if __name__ == "__main__":
