@@ -28,12 +28,10 @@ from benchmarks.quality.rows import (
     ORIGINAL,
     Job,
     Row,
+    add_row,
     code_version,
     is_finished,
-    merged_missing,
     read_document,
-    replaced,
-    save,
 )
 from benchmarks.results_file import FOLDER
 from lowra.compiler.progress import show_progress
@@ -78,7 +76,7 @@ def run(
     task: Task, arguments: argparse.Namespace, document: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Measure what is asked for and not finished; every row is saved when it is there."""
-    rows, missing = document["rows"], document["missing"]
+    rows = document["rows"]
     found: dict[str, str | None] = {}
     for job in jobs(task, arguments, found):
         if arguments.only and job.name not in (*arguments.only, ORIGINAL):
@@ -94,12 +92,9 @@ def run(
             found[job.name] = f"{type(error).__name__}: {error}".split("\n")[0]
             console.print(f"{job.name}: {found[job.name]}")
             continue
-        rows = replaced(rows, row)
-        save(PROTOCOL, rows, merged_missing(missing, found, rows))
+        rows = add_row(PROTOCOL, found, row)["rows"]
         console.print(row)
-    missing = merged_missing(missing, found, rows)
-    save(PROTOCOL, rows, missing)
-    return {"rows": rows, "missing": missing}
+    return add_row(PROTOCOL, found, None)
 
 
 def jobs(task: Task, arguments: argparse.Namespace, found: dict[str, str | None]) -> Iterator[Job]:

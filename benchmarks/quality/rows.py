@@ -96,5 +96,15 @@ def read_document() -> dict[str, Any]:
     return {"rows": document.get("rows", []), "missing": document.get("missing", {})}
 
 
-def save(protocol: Mapping[str, Any], rows: list[Row], missing: Mapping[str, str]) -> None:
-    write_results(NAME, {"protocol": dict(protocol), "rows": rows, "missing": dict(missing)})
+def add_row(
+    protocol: Mapping[str, Any], found: Mapping[str, str | None], row: Row | None
+) -> dict[str, Any]:
+    """Write the document with `row` and what was `found` missing; gives its rows and missing.
+
+    It is read anew, so that two commands (in two environments, say) may add to it by turns.
+    """
+    document = read_document()
+    rows = document["rows"] if row is None else replaced(document["rows"], row)
+    missing = merged_missing(document["missing"], found, rows)
+    write_results(NAME, {"protocol": dict(protocol), "rows": rows, "missing": missing})
+    return {"rows": rows, "missing": missing}

@@ -11,7 +11,14 @@ import pytest
 
 from benchmarks import results_file
 from benchmarks.quality import rows as rows_module
-from benchmarks.quality.rows import Job, is_finished, merged_missing, read_document, replaced, save
+from benchmarks.quality.rows import (
+    Job,
+    add_row,
+    is_finished,
+    merged_missing,
+    read_document,
+    replaced,
+)
 
 
 def job(name: str = "hqq-2", version: str = "hqq 1", **settings: Any) -> Job:
@@ -75,11 +82,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def test_the_document_is_read_back(folder: Path) -> None:
+def test_the_document_is_read_back_and_grows(folder: Path) -> None:
     assert read_document() == {"rows": [], "missing": {}}
-    save({"model": "tiny"}, [row()], {"gptq": "why"})
+    add_row({"model": "tiny"}, {"gptq": "why", "hqq": "not measured yet"}, row())
     assert read_document() == {"rows": [row()], "missing": {"gptq": "why"}}
     assert json.loads((folder / "quality.json").read_text())["protocol"] == {"model": "tiny"}
+    grown = add_row({"model": "tiny"}, {"gptq": None}, row("hqq-3"))
+    assert grown == read_document() == {"rows": [row(), row("hqq-3")], "missing": {}}
 
 
 def test_the_version_of_ours_follows_the_sources(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ GROUP = 64
 
 def quantize(task: Task, settings: Mapping[str, Any]) -> Quantized:
     """Quantize a saved copy of the model with gptqmodel and unpack what it stores."""
-    from gptqmodel import GPTQModel, QuantizeConfig
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it asks for two, and has one on 2 cores
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     width, group = settings["bits"], settings["group"]
     config = QuantizeConfig(
@@ -26,24 +28,26 @@ def quantize(task: Task, settings: Mapping[str, Any]) -> Quantized:
     )
     text = [{"input_ids": row, "attention_mask": row.new_ones(row.shape)}
             for row in task.calibration]  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=task.work_dir) as folder:
-        task.model.save_pretrained(folder)  # type: ignore[operator]
-        task.tokenizer.save_pretrained(folder)
-        quantized = GPTQModel.load(folder, config, device="cpu")
-        quantized.quantize(text, batch_size=1)
-        weights = unpacked(quantized.model, task, Path(folder).name)
+    with tempfile.TemporaryDirectory(dir=task.work_dir) as scratch:
+        dense, stored = Path(scratch) / "dense", Path(scratch) / "stored"
+        task.model.save_pretrained(dense)  # type: ignore[operator]
+        task.tokenizer.save_pretrained(dense)
+        made = GPTQModel.load(str(dense), config)
+        made.quantize(text, batch_size=1)
+        made.save(str(stored))  # what it leaves in memory has zeros in the file's older form
+        loaded = GPTQModel.load(str(stored), device="cpu", backend=BACKEND.TORCH)
+        weights = unpacked(loaded.model, task)
     shapes = [site.weight.shape for site in task.sites.values()]
     return Quantized(weights, sum(gptq_bits(n, k, width, group) for n, k in shapes))
 
 
-def unpacked(model: nn.Module, task: Task, folder: str) -> dict[str, Tensor]:
+def unpacked(model: nn.Module, task: Task) -> dict[str, Tensor]:
     """Dequantised weights [n, k] of gptqmodel's layers, by site."""
     weights = {}
     for name, site in task.sites.items():
         layer = model.get_submodule(name)
         if not hasattr(layer, "dequantize_weight"):
-            raise RuntimeError(f"gptqmodel left {name} in {folder} as it was: {type(layer)}")
-        layer.post_init() if not hasattr(layer, "wf_unsqueeze_zero") else None
+            raise RuntimeError(f"gptqmodel left {name} as it was: {type(layer).__name__}")
         dense = layer.dequantize_weight().detach().T
         weights[name] = dense[: site.out_features, : site.in_features]
     return weights
