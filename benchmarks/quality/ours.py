@@ -12,7 +12,7 @@ import lowra
 from benchmarks.quality.protocol import Task, sites_of
 from benchmarks.quality.rows import Row
 from lowra.compiler.storage import row_bits
-from lowra.runtime.module_view import adapters_disabled
+from lowra.runtime.module_view import quantized_linears
 
 PRESETS = ("default", "lowra")
 BUDGETS = (4.25, 3.25, 2.75, 2.25, 2.0, 1.75, 1.5, 1.25)
@@ -20,7 +20,7 @@ TUNED = "+tune"
 
 
 def settings_of(preset: str, bits: float, tune: bool) -> dict[str, Any]:
-    return {"preset": preset, "bit_budget": bits, **({"tune": True} if tune else {})}
+    return {"preset": preset, "bit_budget": bits, **({"tune": "full"} if tune else {})}
 
 
 def tuning_missing() -> str | None:
@@ -39,22 +39,27 @@ def measure(task: Task, settings: Mapping[str, Any]) -> Row:
     calibrated = preset == "default" or settings.get("tune")
     windows, context = task.calibration.shape
     options = {"tune": settings["tune"]} if "tune" in settings else {}
+    if preset == "default":  # adapters are off, and its base does not depend on them
+        options["rank"] = 0
     compressed = lowra.compile(
         task.model, bit_budget=budget, preset=preset, context=context,
         calibration=task.calibration if calibrated else None,
         calibration_tokens=windows * context, work_dir=task.work_dir, **options,
     )  # fmt: skip
     report = compressed.lowra.report
-    with adapters_disabled(compressed):
-        base = task.score(compressed)
-    adapted = task.score(compressed)
-    return {
+    base = task.score_weights({n: m.weight for n, m in quantized_linears(compressed).items()})
+    row: Row = {
         "stored_bits": report["totals"]["stored_bits"], "perplexity": base.perplexity,
-        "kl": base.kl, "adapter_bits": report["totals"]["adapter_bits"],
-        "perplexity_with_adapter": adapted.perplexity, "kl_with_adapter": adapted.kl,
-        "code_bits": report["totals"]["code_bits"], "rows": report["totals"]["rows"],
-        "compile_seconds": report["seconds"]["total"],
+        "kl": base.kl, "code_bits": report["totals"]["code_bits"],
+        "rows": report["totals"]["rows"], "assignment": report["assignment"],
+        "stage_seconds": report["seconds"],
     }  # fmt: skip
+    if settings.get("tune"):
+        row["tuning"] = report["tuning"]["kl"]
+    if preset == "lowra":  # its base stands for the weight together with its adapter only
+        adapted = task.score(compressed)
+        row |= {"perplexity_with_adapter": adapted.perplexity, "kl_with_adapter": adapted.kl}
+    return row
 
 
 def paper_code_bits(model: nn.Module, stored: float) -> float | None:
