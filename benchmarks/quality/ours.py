@@ -58,7 +58,8 @@ def measure(task: Task, settings: Mapping[str, Any]) -> Row:
         row["tuning"] = report["tuning"]["kl"]
     if preset == "lowra":  # its base stands for the weight together with its adapter only
         adapted = task.score(compressed)
-        row |= {"perplexity_with_adapter": adapted.perplexity, "kl_with_adapter": adapted.kl}
+        row |= {"perplexity_with_adapter": adapted.perplexity, "kl_with_adapter": adapted.kl,
+                "adapter_bits": report["totals"]["adapter_bits"]}  # fmt: skip
     return row
 
 
