@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality import chart, ours
-from benchmarks.quality.peers import PEERS, Peer
+from benchmarks.quality.peers import PEERS, Peer, unmeasured
 from benchmarks.quality.protocol import PROTOCOL, Task, smollm2_task
 from benchmarks.quality.rows import (
     ORIGINAL,
@@ -92,9 +92,10 @@ def run(
             found[job.name] = f"{type(error).__name__}: {error}".split("\n")[0]
             console.print(f"{job.name}: {found[job.name]}")
             continue
+        found[job.name] = None
         rows = add_row(PROTOCOL, found, row)["rows"]
         console.print(row)
-    return add_row(PROTOCOL, found, None)
+    return add_row(PROTOCOL, {**unmeasured(rows), **found}, None)
 
 
 def jobs(task: Task, arguments: argparse.Namespace, found: dict[str, str | None]) -> Iterator[Job]:
@@ -110,9 +111,7 @@ def jobs(task: Task, arguments: argparse.Namespace, found: dict[str, str | None]
                     settings = ours.settings_of(preset, bits, tune)
                     yield our_job(task, method, settings, version)
     for peer in PEERS.values():
-        why = peer.missing()
-        found[peer.name] = why or "not measured yet"
-        if why is None and peer.name in arguments.methods:
+        if peer.missing() is None and peer.name in arguments.methods:
             for name in peer.settings:
                 yield peer_job(task, peer, name)
 

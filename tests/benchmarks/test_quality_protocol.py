@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import ours
-from benchmarks.quality.peers import Peer, Quantized
+from benchmarks.quality.peers import PEERS, Peer, Quantized, unmeasured
 from benchmarks.quality.peers.column_energy import column_energy
 from benchmarks.quality.protocol import Task, with_weights
 from lowra.workflows.evaluate import evaluate
@@ -91,6 +91,12 @@ def test_a_peer_that_is_not_installed_says_so() -> None:
     peer = Peer("ghost", "Ghost", ("no-such-package",), {}, lambda task, settings: None)  # type: ignore[arg-type,return-value]
     assert peer.missing() == "not installed: no-such-package"
     assert peer.version() is None
+
+
+def test_a_peer_without_rows_is_named_and_one_with_some_by_the_rows_it_lacks() -> None:
+    reasons = unmeasured([{"name": "nf4", "method": "nf4"}])
+    assert "nf4-double" in reasons and "nf4" not in reasons
+    assert reasons.keys() - {"nf4-double"} == PEERS.keys() - {"nf4"}
 
 
 def test_budgets_are_those_of_the_table() -> None:
