@@ -14,6 +14,7 @@ it has. A row is written as soon as it is measured, and measured again when its 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def main() -> None:
     document = read_document()
     if arguments.list:
         return list_methods(console, document["rows"])
-    if arguments.methods != ["none"]:
+    for file in arguments.merge:
+        document = merge(file, arguments.methods)
+    if arguments.methods != ["none"] and not arguments.merge:
         task = smollm2_task(arguments.data, arguments.work_dir)
         with show_progress():
             document = run(task, arguments, document, console)
@@ -66,6 +69,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rerun", nargs="+", default=[], metavar="NAME", help="rows or methods")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="no rows but these")
     parser.add_argument("--keep", action="store_true", help="keep rows of other code versions")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", default=[], metavar="FILE",
+        help="measure nothing; take the rows of --methods from another quality.json",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="methods, their rows, what is missing")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work-dir", type=Path, default=Path("lowra-demo/quality-work"))
@@ -96,6 +103,20 @@ def run(
         rows = add_row(PROTOCOL, found, row)["rows"]
         console.print(row)
     return add_row(PROTOCOL, {**unmeasured(rows), **found}, None)
+
+
+def merge(file: Path, methods: list[str]) -> dict[str, Any]:
+    """Take the rows of `methods`, and why their others are missing, from another document."""
+    other = json.loads(file.read_text())
+    if other["protocol"] != PROTOCOL:
+        raise SystemExit(f"{file} was measured under another protocol: {other['protocol']}")
+    names = {name for method in methods if method in PEERS for name in PEERS[method].settings}
+    missing = {k: why for k, why in other["missing"].items() if k in names or k in methods}
+    document = add_row(PROTOCOL, missing, None)
+    for row in other["rows"]:
+        if row["method"].removesuffix(ours.TUNED) in methods:
+            document = add_row(PROTOCOL, missing, row)
+    return document
 
 
 def jobs(task: Task, arguments: argparse.Namespace, found: dict[str, str | None]) -> Iterator[Job]:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import results_file
+from benchmarks.quality import __main__ as command
 from benchmarks.quality import rows as rows_module
+from benchmarks.quality.protocol import PROTOCOL
 from benchmarks.quality.rows import (
     Job,
     add_row,
@@ -100,3 +102,22 @@ def test_the_version_of_ours_follows_the_sources(
     assert before == rows_module.code_version()
     (tmp_path / "kernel.cpp").write_text("int b;")
     assert rows_module.code_version() != before
+
+
+def test_rows_of_another_document_are_merged_by_method(folder: Path) -> None:
+    add_row(PROTOCOL, {}, row())
+    other = folder / "other.json"
+    rows = [row(version="hqq 2"), {**row("default 2"), "method": "default"}, row("hqq-4-axis1")]
+    missing = {"hqq-1-axis1": "KeyError: x", "gptq": "not installed: gptqmodel"}
+    other.write_text(json.dumps({"protocol": PROTOCOL, "rows": rows, "missing": missing}))
+    merged = command.merge(other, ["hqq"])
+    assert merged == read_document()
+    assert merged["rows"] == [rows[0], rows[2]]
+    assert merged["missing"] == {"hqq-1-axis1": "KeyError: x"}
+
+
+def test_rows_of_another_protocol_are_refused(folder: Path) -> None:
+    other = folder / "other.json"
+    other.write_text(json.dumps({"protocol": {"windows": 1}, "rows": [], "missing": {}}))
+    with pytest.raises(SystemExit, match="another protocol"):
+        command.merge(other, ["hqq"])
