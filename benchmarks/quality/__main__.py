@@ -131,8 +131,8 @@ def jobs(task: Task, arguments: argparse.Namespace, found: dict[str, str | None]
                 for bits in arguments.bits:
                     settings = ours.settings_of(preset, bits, tune)
                     yield our_job(task, method, settings, version)
-    for peer in PEERS.values():
-        if peer.missing() is None and peer.name in arguments.methods:
+    for peer in (PEERS[name] for name in arguments.methods if name in PEERS):
+        if peer.missing() is None:
             for name in peer.settings:
                 yield peer_job(task, peer, name)
 
