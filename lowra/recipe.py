@@ -61,8 +61,10 @@ class Recipe:
         1.6 where the budget is low, 8 where it has room), or the paper's.
     unit: "row" for a width per output row, "layer" for one per site, "siblings"
         for one for all sites that read one input (q/k/v, gate/up), as fused kernels want.
-    rotation: input-side randomised Hadamard transform. group: columns per scale, -1 one scale per
-        row, 0 none. shared_codebooks: one codebook per site and width instead of one per row.
+    rotation: input-side randomised Hadamard transform: true everywhere, false nowhere; by default
+        where it lowers the error that is measured (preset "lowra": nowhere).
+    group: columns per scale, -1 one scale per row, 0 none. shared_codebooks: one codebook per site
+        and width instead of one per row.
     scale_bits, codebook_bits: what a scale (16, 8 or 4) and a codebook value (16 or 8) take in the
         file; by default 8 and 16.
     rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "two-sided"
@@ -284,15 +286,14 @@ class Recipe:
     def passes(self, replay: bool = False) -> tuple[Pass, ...]:
         """The pipeline this recipe stands for; `replay`: with the widths of an earlier plan."""
         group, shared = self.layout
-        rotation = (not self.is_paper) if self.rotation is None else self.rotation
         rule = "paper" if self.is_paper else "default"
         init = self.init or ("loftq" if self.is_paper else "closed-form")
         average = self.threshold_average or AVERAGES[0]
         steps: list[Pass] = [
             NormalizeLinears(include=self.include, ignore=self.ignore),
-            RotateInputs(seed=self.seed, enabled=rotation),
             CollectStatistics(),
             *(() if self.is_paper else (MeasureSensitivity(),)),
+            self.rotate_inputs(),
             FitCodebooks(
                 widths=self.candidate_widths,
                 group=group,
@@ -318,6 +319,13 @@ class Recipe:
                 )
             )  # fmt: skip
         return (*steps, RewriteLinears())
+
+    def rotate_inputs(self) -> RotateInputs:
+        """The rotate-inputs pass of this recipe."""
+        if self.rotation is None and not self.is_paper:
+            group, shared = self.layout
+            return RotateInputs(seed=self.seed, rule="measured", group=group, shared=shared)
+        return RotateInputs(seed=self.seed, rule="always" if self.rotation else "never")
 
     def tuning(self) -> tuple[Pass, ...]:
         """The tuning passes of this recipe, if any."""

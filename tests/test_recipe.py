@@ -208,7 +208,7 @@ def test_a_recipe_without_a_budget_is_refused() -> None:
 
 def test_the_default_pipeline_as_text() -> None:
     assert text(bit_budget=1.5) == (
-        "normalize-linears rotate-inputs collect-statistics measure-sensitivity "
+        "normalize-linears collect-statistics measure-sensitivity rotate-inputs{rule=measured} "
         "fit-codebooks{widths=1,1.6,2,3,4 scale_bits=8} "
         "assign-precision{budget=1.5} compare-uniform{budget=1.5} quantize-weights{prefix=0.3} "
         "initialize-adapters rewrite-linears"
@@ -217,7 +217,7 @@ def test_the_default_pipeline_as_text() -> None:
 
 def test_the_pipeline_of_the_paper_as_text() -> None:
     assert text(bit_budget=1.5, preset="lowra") == (
-        "normalize-linears rotate-inputs{enabled=false} collect-statistics "
+        "normalize-linears collect-statistics rotate-inputs{rule=never} "
         "fit-codebooks{widths=1,2,4 group=64 shared=false rule=paper} "
         "assign-precision{budget=1.5 rule=paper} quantize-weights{feedback=false} "
         "initialize-adapters{rule=loftq} rewrite-linears"
@@ -227,7 +227,7 @@ def test_the_pipeline_of_the_paper_as_text() -> None:
 def test_every_option_arrives_in_the_pipeline() -> None:
     assert print_pipeline(FULL.passes()) == (
         "normalize-linears{include=lm_head ignore=*.down_proj,re:layers\\.0\\.} "
-        "rotate-inputs{seed=7 enabled=false} collect-statistics measure-sensitivity "
+        "collect-statistics measure-sensitivity rotate-inputs{seed=7 rule=never} "
         "fit-codebooks{widths=1,2,4 group=64 shared=false scale_bits=4 codebook_bits=8} "
         "assign-precision{budget=2.25 unit=layer pins=*.v_proj=4 adapter_rank=8 "
         "correction_rank=4 correction_bits=8} "

@@ -55,6 +55,22 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class RotationTrial:
+    """What the input of a site loses in either coordinates, where a rotation was left to measure.
+
+    losses: by rotation block (1 is none), the share of the output energy that a sample of rows of
+    all sites on this input loses at 2 bits, rows weighted as in Codebooks.
+    """
+
+    losses: Mapping[int, float]
+
+    @property
+    def best(self) -> int:
+        """The block that loses least; of equal ones the smallest, which costs least to run."""
+        return min(self.losses, key=lambda block: (self.losses[block], block))
+
+
+@dataclass(frozen=True)
 class Codebooks:
     """Levels, scales and expected loss of every row at every candidate width.
 

@@ -93,9 +93,17 @@ class FitCodebooks(Pass):
         weight = rotate(program.weight(site), rotation)
         if self.rule == "paper":
             return self._paper(weight)
-        statistics = program.fact(site.name, Statistics)
         moments = reader.read(site)
-        variance = moments.factor.conditional_variance()
+        books = self.fitted(weight, moments.factor.conditional_variance(), site)
+        ratio = _measured_over_expected(weight, moments, books)
+        cost = row_weight(program.fact(site.name, Statistics), weight, moments.gram)
+        return replace(books, loss=books.loss * ratio * cost)
+
+    def fitted(self, weight: Tensor, variance: Tensor, site: Site) -> Codebooks:
+        """Codebooks of float32 [n, k], given with the weight of each column [k].
+
+        The loss is the weighted squared error of each row, rounded on its own.
+        """
         levels: dict[float, Tensor] = {}
         scales: dict[float, Tensor] = {}
         losses: list[Tensor] = []
@@ -110,13 +118,10 @@ class FitCodebooks(Pass):
         if self.scale_bits < 16 and self.group == ROW_SCALES:
             span = span_of(torch.cat([*scales.values()]))
         scales = {b: round_scales(scale, self._compact, span) for b, scale in scales.items()}
-        books = Codebooks(
+        return Codebooks(
             self.widths, levels, None if self.group == NO_SCALES else scales,
             torch.stack(losses, dim=1), self.group, self.shared, compact=self._compact, span=span,
         )  # fmt: skip
-        ratio = _measured_over_expected(weight, moments, books)
-        cost = _row_weight(statistics, weight, moments.gram)
-        return replace(books, loss=books.loss * ratio * cost)
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """float32 [n, groups]: root mean square of the group; ones where nothing is scaled."""
@@ -204,7 +209,7 @@ def _flat(books: Codebooks) -> dict[str, Tensor]:
     return levels | scales | borders | span | {"loss": books.loss}
 
 
-def _row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:
+def row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:
     """What a unit of output error of each row costs: float64 [n, 1].
 
     Half the row's sensitivity, in nats per token; without one, the same for all rows of the site,

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from lowra.compiler.correction import Correction
-from lowra.compiler.facts import Adapter, Assigned, BlockTuning, ModelTuning, Packed, Statistics
+from lowra.compiler.dataflow import siblings
+from lowra.compiler.facts import (
+    Adapter,
+    Assigned,
+    BlockTuning,
+    ModelTuning,
+    Packed,
+    RotationTrial,
+    Statistics,
+)
 from lowra.compiler.program import Program, Site
 from lowra.compiler.storage import PackedWeight
 
@@ -21,7 +30,9 @@ def make_report(program: Program, stages: Mapping[str, float], seconds: float) -
 
     Bits are per weight and include corrections; `correction_bits` says how much of them. `error` is
     the relative output error tr(E G E') / tr(W G W') of the base alone, correction included,
-    `error_with_adapter` with LoRA; both in plain weight norm for a data-free compile.
+    `error_with_adapter` with LoRA; both in plain weight norm for a data-free compile. `rotation` is
+    the block of a site's input rotation (1 is none), `rotation_losses` what its input lost in the
+    trial with and without (None where none was held); the totals count distinct inputs.
     """
     sites = [_site_row(program, site) for site in program.sites]
     tokens = max((program.fact(s.name, Statistics).tokens for s in program.sites), default=0)
@@ -94,6 +105,7 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
     adapter = program.find(site.name, Adapter)
     assigned = program.find(site.name, Assigned)
     correction = program.find(site.name, Correction)
+    trial = program.find(site.name, RotationTrial)
     beside = 0 if correction is None else correction.stored_bits()
     stored = packed.weight.stored_bits() + beside
     return {
@@ -109,11 +121,14 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
         "error_with_adapter": None if adapter is None else adapter.error,
         "rank": 0 if adapter is None else adapter.rank,
         "expected_loss": None if assigned is None else assigned.loss,
+        "rotation": packed.weight.rotation.block,
+        "rotation_losses": None if trial is None else {str(b): x for b, x in trial.losses.items()},
     }
 
 
 def _totals(program: Program, sites: list[dict[str, Any]]) -> dict[str, Any]:
     weights = sum(site.weights for site in program.sites)
+    inputs = [_weight(program, group[0]).rotation for group in siblings(program)]
     rows: Counter[str] = Counter()
     for site in sites:
         rows.update(site["rows"])
@@ -129,4 +144,6 @@ def _totals(program: Program, sites: list[dict[str, Any]]) -> dict[str, Any]:
         "adapter_bits": adapter / weights,
         "bytes": sum(site["bytes"] for site in sites),
         "rows": {width: rows[width] for width in sorted(rows, key=float)},
+        "inputs": len(inputs),
+        "rotated_inputs": sum(rotation.active for rotation in inputs),
     }

@@ -71,8 +71,8 @@ def test_the_whole_pipeline_prints_and_parses_back() -> None:
 
 
 def test_only_changed_options_are_printed() -> None:
-    steps = (NormalizeLinears(ignore=("*.q_proj",)), RotateInputs(enabled=False), FitCodebooks())
-    text = "normalize-linears{ignore=*.q_proj} rotate-inputs{enabled=false} fit-codebooks"
+    steps = (NormalizeLinears(ignore=("*.q_proj",)), RotateInputs(rule="never"), FitCodebooks())
+    text = "normalize-linears{ignore=*.q_proj} rotate-inputs{rule=never} fit-codebooks"
     assert print_pipeline(steps) == text
 
 
@@ -147,11 +147,11 @@ def test_a_pass_without_run_is_refused_by_name() -> None:
 def test_history_grows_and_observers_see_every_step() -> None:
     _, program = normalized("mlp")
     seen: list[tuple[str, tuple[str, ...]]] = []
-    steps = (RotateInputs(enabled=False), CollectStatistics())
+    steps = (RotateInputs(rule="never"), CollectStatistics())
     done = run_pipeline(program, steps, lambda step, p: seen.append((step.name, p.history)))
     assert done.history == (
         "normalize-linears",
-        "rotate-inputs{enabled=false}",
+        "rotate-inputs{rule=never}",
         "collect-statistics",
     )
     assert seen == [("rotate-inputs", done.history[:2]), ("collect-statistics", done.history)]

@@ -90,7 +90,7 @@ def test_a_plan_counts_weights_and_bytes() -> None:
 def test_a_plan_is_json_and_names_its_pipeline() -> None:
     plan = plan_of()
     data = json.loads(json.dumps(plan.to_dict()))
-    assert data["pipeline"].startswith("normalize-linears rotate-inputs")
+    assert data["pipeline"].startswith("normalize-linears collect-statistics")
     assert data["pipeline"].endswith("rewrite-linears")
     assert set(data) == set(Plan.__dataclass_fields__)
     assert data["sites"] == [dict(site) for site in plan.sites]
