@@ -44,8 +44,8 @@ class RotateInputs(Pass):
     rows weighted by their sensitivity where it is known. On a tie nothing is rotated: a rotation
     costs time in every forward pass. It reads Statistics, and leaves a RotationTrial where it had a
     choice. Data-free, the largest block is taken: nothing is known of the inputs, and Gaussian rows
-    are what the codebooks start from. The cost is two factorizations of k x k per distinct input,
-    one more than fit-codebooks does.
+    are what the codebooks start from. The cost is two factorizations of k x k per distinct input:
+    0.06 CPU seconds at k = 576, 0.4 at 1536 (2026-11-24), some 17 for the 120 of SmolLM2-135M.
     """
 
     name: ClassVar[str] = "rotate-inputs"
