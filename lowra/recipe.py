@@ -43,6 +43,9 @@ PREFIX = 0.3
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
 TUNES = ("none", "blocks", "full")
+GUIDED = (0, 1, 2, 4)
+"""Groups of rows that each have a metric of their own."""
+STATISTICS = ("full", "diagonal")
 SIZES = (
     "calibration_tokens", "context", "tune_steps", "tune_model_steps", "tune_batch_tokens",
 )  # fmt: skip
@@ -84,6 +87,10 @@ class Recipe:
         scales and norms end to end. Minutes where the rest takes seconds; needs calibration.
     tune_steps: steps per block, tune_model_steps: steps end to end; tune_batch_tokens: tokens of
         each step.
+    guided: 1, 2 or 4 groups of rows per site, each quantized in the metric in which a calibration
+        token counts by the loss's gradient at the group's outputs (GuidedQuant); 0 for the plain
+        metric. For traced causal language models.
+    statistics: "full", or "diagonal": only the mean squares of inputs are kept, for very wide ones.
     calibration_tokens, context: how much text, in windows of what length.
     seed: of everything that is drawn.
 
@@ -110,6 +117,8 @@ class Recipe:
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     pins: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    guided: int = 0
+    statistics: str = "full"
     tune: str = "none"
     tune_steps: int = TuneBlocks.steps
     tune_model_steps: int = TuneModel.steps
@@ -128,6 +137,7 @@ class Recipe:
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
         check_choice("tune", self.tune, TUNES)
+        check_choice("statistics", self.statistics, STATISTICS)
         self._check_auto_rank()
         for name in ("rank", "correction_rank", "seed", *SIZES):
             if (name, self.rank) != ("rank", "auto"):
@@ -138,6 +148,7 @@ class Recipe:
         self._check_widths()
         self._check_layout()
         self._check_tuning()
+        self._check_guided()
         bits = self.correction_bits
         if type(bits) is not int or bits not in CORRECTION_BITS:
             raise RecipeError(f"correction_bits={bits!r} must be 4 or 8")
@@ -186,6 +197,7 @@ class Recipe:
             "unit": self.unit != "row", "pins": bool(self.pins), "group": self.group == 0,
             "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
             "correction_rank": self.correction_rank > 0, "tune": self.tune != "none",
+            "guided": self.guided != 0, "statistics": self.statistics != "full",
             "widths": TERNARY in (self.widths or ()),
             "scale_bits": self.scale_bits not in (None, 16),
             "codebook_bits": self.codebook_bits not in (None, 16),
@@ -201,16 +213,33 @@ class Recipe:
             )
 
     def _check_tuning(self) -> None:
-        anew = {
-            "correction_rank": self.correction_rank > 0,
-            "init": self.init in ("alternate", "loftq"),
-        }
-        for name, quantizes in anew.items():
+        for name, quantizes in self._quantizing_anew().items():
             if quantizes and self.tune != "none":
                 raise RecipeError(
                     f"{name}={getattr(self, name)!r} quantizes anew what tune={self.tune!r} has "
                     "tuned; leave one of them out"
                 )
+
+    def _check_guided(self) -> None:
+        if type(self.guided) is not int or self.guided not in GUIDED:
+            raise RecipeError(f"guided={self.guided!r} is not one of {', '.join(map(str, GUIDED))}")
+        if not self.guided:
+            return
+        if self.statistics != "full":
+            raise RecipeError(f"guided={self.guided} needs statistics='full'")
+        for name, quantizes in self._quantizing_anew().items():
+            if quantizes:
+                raise RecipeError(
+                    f"{name}={getattr(self, name)!r} quantizes anew, in the plain metric, what "
+                    f"guided={self.guided} has quantized; leave one of them out"
+                )
+
+    def _quantizing_anew(self) -> dict[str, bool]:
+        """Options, and whether they quantize what quantize-weights has quantized already."""
+        return {
+            "correction_rank": self.correction_rank > 0,
+            "init": self.init in ("alternate", "loftq"),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -279,6 +308,12 @@ class Recipe:
         return self.rank if isinstance(self.rank, int) else max(RANKS)
 
     @property
+    def prefix(self) -> float:
+        """The share of the quantized prefix's error that sites make up for; none where that would
+        need the full Gram matrices that the recipe does without."""
+        return 0.0 if self.is_paper or self.statistics == "diagonal" else PREFIX
+
+    @property
     def data_free(self) -> bool:
         """True when the recipe looks at no activations."""
         return self.is_paper
@@ -291,8 +326,8 @@ class Recipe:
         average = self.threshold_average or AVERAGES[0]
         steps: list[Pass] = [
             NormalizeLinears(include=self.include, ignore=self.ignore),
-            CollectStatistics(),
-            *(() if self.is_paper else (MeasureSensitivity(),)),
+            CollectStatistics(gram=self.statistics),
+            *(() if self.is_paper else (MeasureSensitivity(groups=self.guided),)),
             self.rotate_inputs(),
             FitCodebooks(
                 widths=self.candidate_widths,
@@ -304,7 +339,7 @@ class Recipe:
                 codebook_bits=self.compact.codebook_bits,
             ),  # fmt: skip
             *self._precision(replay),
-            QuantizeWeights(feedback=not self.is_paper, prefix=0.0 if self.is_paper else PREFIX),
+            QuantizeWeights(feedback=not self.is_paper, prefix=self.prefix),
             *self.tuning(),
         ]
         if self.correction_rank:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 class Statistics:
     """Second moments of a site's input x [k]: gram = mean of x x' over calibration tokens.
 
-    `gram` is float32 [k, k] in original input coordinates, kept on disk; None means data-free
-    (the identity is used). Sites that share an input share the gram. `sensitivity` is float32 [n]:
-    per output row, the mean over tokens of the squared gradient of the model's loss (in nats per
-    token); None where there is no such loss.
+    `gram` is float32 [k, k] in original input coordinates, kept on disk, or [k] where only its
+    diagonal was collected; None means data-free (the identity is used). Sites that share an input
+    share the gram. `sensitivity` is float32 [n]: per output row, the mean over tokens of the
+    squared gradient of the model's loss (in nats per token); None where there is no such loss.
     """
 
     gram: StoredTensor | None
@@ -37,7 +37,26 @@ class Statistics:
 
     def load(self, k: int) -> Tensor:
         """float32 [k, k]."""
-        return torch.eye(k) if self.gram is None else self.gram.load()
+        if self.gram is None:
+            return torch.eye(k)
+        gram = self.gram.load()
+        return torch.diag(gram) if gram.dim() == 1 else gram
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """How much the model's loss minds an error at each calibration token, per group of rows.
+
+    A site's rows fall into `groups` of consecutive ones (lowra.passes.guidance.row_groups).
+    `weights` is float32 [groups, tokens], kept on disk, of mean one in each group, the tokens in
+    the order in which the calibration batches flatten. `effective` is the least of the groups'
+    effective sample sizes (sum w)^2 / sum w^2: a Gram matrix under such weights is as noisy as one
+    of so many tokens.
+    """
+
+    weights: StoredTensor
+    groups: int
+    effective: float
 
 
 @dataclass(frozen=True)

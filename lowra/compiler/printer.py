@@ -21,6 +21,7 @@ from lowra.compiler.facts import (
     Packed,
     Precision,
     Statistics,
+    TokenWeights,
 )
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
@@ -51,9 +52,7 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
     name = site.name
     if (rotation := program.find(name, Rotation)) and rotation.active:
         yield f"rotation: seed={rotation.seed} block={rotation.block}"
-    if statistics := program.find(name, Statistics):
-        data = "none" if statistics.gram is None else f"{statistics.tokens} tokens"
-        yield f"statistics: {data}"
+    yield from _data_lines(program, name)
     if books := program.find(name, Codebooks):
         kind = "shared" if books.shared else "per row"
         widths = ",".join(map(str, books.widths))
@@ -77,6 +76,15 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
         yield f"model tuned: KL {tuning.before:.2g} to {tuning.after:.2g}"
     if adapter := program.find(name, Adapter):
         yield f"adapter: rank={adapter.rank} scaling={adapter.scaling:g}"
+
+
+def _data_lines(program: Program, name: str) -> Iterator[str]:
+    """What is known of a site from calibration data."""
+    if statistics := program.find(name, Statistics):
+        data = "none" if statistics.gram is None else f"{statistics.tokens} tokens"
+        yield f"statistics: {data}"
+    if guide := program.find(name, TokenWeights):
+        yield f"token weights: groups={guide.groups}, as good as {guide.effective:.2g} tokens"
 
 
 def _totals(program: Program) -> str:

@@ -96,6 +96,12 @@ class Spill:
         return made
 
 
+def stored_names(path: Path) -> set[str]:
+    """The names of the tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:  # pyright: ignore
+        return set(file.keys())
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file."""
     with safe_open(path, framework="pt") as file:  # pyright: ignore

@@ -28,8 +28,17 @@ class Moments:
         others = rows if y is None else y.detach().reshape(-1, y.shape[-1]).float()
         with _exact_product(x.dtype):
             product = rows.T @ others
+        self._add(product, len(rows))
+
+    def add_weighted(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add the rows of x and y [..., k], each times its weight (float32 [rows], 0 or more)."""
+        root = weights.sqrt().unsqueeze(1)  # on both sides, so that x x' stays symmetric
+        rows, others = (z.detach().reshape(-1, z.shape[-1]).float() * root for z in (x, y))
+        self._add(rows.T @ others, len(rows))
+
+    def _add(self, product: Tensor, count: int) -> None:
         self.total = product if self.total is None else self.total.add_(product)
-        self.rows += rows.shape[0]
+        self.rows += count
 
     def join(self, other: Moments) -> None:
         assert other.total is not None
@@ -37,7 +46,9 @@ class Moments:
         self.rows += other.rows
 
     def take_mean(self, site: Site) -> Tensor:
-        """The mean float32 [k, k], given away. Raises CalibrationError when it is not finite."""
+        """The mean float32 [k, k] (or [k]), given away.
+
+        Raises CalibrationError when it is not finite."""
         assert self.total is not None
         mean, self.total = self.total / self.rows, None
         if not bool(torch.isfinite(mean).all()):
@@ -46,6 +57,16 @@ class Moments:
                 "run the model in bfloat16 or float32, or check the data"
             )
         return mean
+
+
+class Squares(Moments):
+    """The diagonal of the running sum alone: of x^2, in float32 [k]."""
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add the rows of x [..., k] (times those of y)."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        others = rows if y is None else y.detach().reshape(-1, y.shape[-1]).float()
+        self._add((rows * others).sum(0), len(rows))
 
 
 @contextmanager

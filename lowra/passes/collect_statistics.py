@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.dataflow import dataflow, inputs_of, live_after, segments, siblings
-from lowra.compiler.errors import CalibrationError
+from lowra.compiler.errors import CalibrationError, RecipeError, nearest
 from lowra.compiler.facts import Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.spill import StoredTensor, write_tensors
-from lowra.passes.activations import Moments, Runner, Values
+from lowra.passes.activations import Moments, Runner, Squares, Values
 
 Batch = tuple[Tensor, ...]
+
+GRAMS: dict[str, type[Moments]] = {"full": Moments, "diagonal": Squares}
+"""What is collected of a Gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,34 @@ class CollectStatistics(Pass):
     one cut and the Gram matrices of one segment. Without a graph, the model runs whole with hooks.
     Gram matrices go to the program's spill folder as float32. Without calibration the sites are
     marked data-free. Raises CalibrationError when an activation is not finite.
+    gram: "full", or "diagonal": only E[x_i^2] is collected and stored, k floats in place of k^2,
+    for inputs so wide that their Gram matrices are too much. Every later pass then takes the inputs
+    for uncorrelated; a rotation turns that metric as it does a full one.
     """
 
     name: ClassVar[str] = "collect-statistics"
     writes: ClassVar = (Statistics,)
+    gram: str = "full"
+
+    def require(self, program: Program) -> None:
+        if self.gram not in GRAMS:
+            raise RecipeError(f"gram={self.gram!r} is unknown; {nearest(self.gram, GRAMS)}")
 
     def run(self, program: Program) -> Program:
         if not program.calibration:
             return program.with_facts({site.name: [Statistics(None)] for site in program.sites})
         groups = siblings(program)
-        key = (self.name, program.fingerprint, _fingerprint(program.calibration))
+        self.require(program)
+        kind = GRAMS[self.gram]
+        key = (str(self), program.fingerprint, _fingerprint(program.calibration))
         stored = {
             group: StoredTensor(program.spill.path(*key, group[0].name), "gram") for group in groups
         }
         missing = [group for group in groups if not stored[group].path.exists()]
         if missing and program.graph is None:
-            _collect_with_hooks(program, missing, stored)
+            _collect_with_hooks(program, missing, stored, kind)
         elif missing:
-            _collect_by_segment(program, missing, stored)
+            _collect_by_segment(program, missing, stored, kind)
         tokens = sum(batch[0][..., 0].numel() if batch[0].is_floating_point()
                      else batch[0].numel() for batch in program.calibration)  # fmt: skip
         return program.with_facts(
@@ -73,12 +86,13 @@ def _collect_by_segment(
     program: Program,
     groups: Sequence[tuple[Site, ...]],
     stored: Mapping[tuple[Site, ...], StoredTensor],
+    kind: type[Moments],
 ) -> None:
     assert program.graph is not None
     nodes = {node.name: node for node in program.graph.nodes}
     wanted = {group: set(inputs_of(program, group[0])) for group in groups}
     inputs = set().union(*wanted.values())
-    totals = {group: Moments() for group in groups}
+    totals = {group: kind() for group in groups}
     parts = segments(program.graph, list(inputs))
     last_mark = max(i for i, part in enumerate(parts) if any(name in inputs for name in part))
     parts = parts[: last_mark + 1]
@@ -92,7 +106,7 @@ def _collect_by_segment(
     done: set[str] = set()
     with stage("statistics", len(parts) * len(kept)) as bar:
         for part in parts:
-            moments = {name: Moments() for name in part if name in inputs}
+            moments = {name: kind() for name in part if name in inputs}
             watch = {name: moment.add for name, moment in moments.items()}
             keep = live[position[part[-1]]]
             for index, values in enumerate(kept):
@@ -112,9 +126,10 @@ def _collect_with_hooks(
     program: Program,
     groups: Sequence[tuple[Site, ...]],
     stored: Mapping[tuple[Site, ...], StoredTensor],
+    kind: type[Moments],
 ) -> None:
     assert program.source is not None
-    moments = {group: Moments() for group in groups}
+    moments = {group: kind() for group in groups}
     modules = dict(program.source.named_modules())
     handles = [
         modules[name].register_forward_pre_hook(_hook(moments[group]))

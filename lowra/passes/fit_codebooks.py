@@ -21,7 +21,7 @@ from lowra.passes.feedback import feedback_codes, nearest_codes, scale_index
 from lowra.passes.lloyd import Fit, fit_rows_globally, fit_shared, gaussian_levels
 from lowra.passes.moments import InputMoments, MomentsReader, output_error
 from lowra.passes.paper_mappings import block_absmax, learn_mapping
-from lowra.passes.quantizer import Rounded, row_tables
+from lowra.passes.quantizer import Rounded, row_tables, rows_of
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""
@@ -232,7 +232,7 @@ def _measured_over_expected(weight: Tensor, moments: InputMoments, books: Codebo
     widths = torch.tensor([*map(width_id, books.widths)], dtype=torch.uint8).repeat_interleave(
         len(rows)
     )
-    every = _select(books, rows.repeat(count))
+    every = rows_of(books, rows.repeat(count))
     target = weight[rows].repeat(count, 1)
     tables, scales = row_tables(every, widths)
     codes = feedback_codes(target, moments.factor, tables, scales, books.group)
@@ -243,15 +243,6 @@ def _measured_over_expected(weight: Tensor, moments: InputMoments, books: Codebo
     measured = ((error @ moments.gram) * error).sum(1).view(count, -1).sum(1).double()
     expected = books.loss[rows].sum(0)
     return torch.where(expected > 0, measured / expected.clamp_min(1e-300), 1.0)
-
-
-def _select(books: Codebooks, rows: Tensor) -> Codebooks:
-    """The codebooks of some rows."""
-    levels = books.levels
-    if not books.shared:
-        levels = {b: table[rows] for b, table in books.levels.items()}
-    scales = None if books.scales is None else {b: s[rows] for b, s in books.scales.items()}
-    return replace(books, levels=levels, scales=scales, loss=books.loss[rows])
 
 
 def _normalized(

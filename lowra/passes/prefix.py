@@ -8,6 +8,7 @@ from lowra.compiler.dataflow import dataflow, inputs_of, live_after, siblings
 from lowra.compiler.program import Program, Site
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.activations import Moments, Runner, Values
+from lowra.passes.guidance import guided_moments
 
 
 def prefix_order(program: Program) -> tuple[list[tuple[Site, ...]], list[Site]]:
@@ -39,6 +40,7 @@ class PrefixStream:
 
     def __init__(self, program: Program) -> None:
         assert program.graph is not None
+        self.program = program
         self.nodes = list(program.graph.nodes)
         self.position = {node.name: index for index, node in enumerate(self.nodes)}
         self.live = live_after(dataflow(program.graph))
@@ -55,8 +57,13 @@ class PrefixStream:
 
     def moments(self, site: Site) -> dict[str, Tensor]:
         """Run both models on to the input of `site`, which is x in the original and x^ in the
-        quantized one: `gram`, the mean of x^ x^', and `drift`, of (x - x^) x^', float32 [k, k]."""
+        quantized one: `gram`, the mean of x^ x^', and `drift`, of (x - x^) x^', float32 [k, k].
+
+        Beside them, for every site on this input that has token weights, both under those
+        (lowra.passes.guidance)."""
         (stop,) = self.inputs[site.name]
+        readers = [s for s in self.program.sites if self.inputs[s.name] == (stop,)]
+        guided = guided_moments(self.program, readers)
         end = self.position[stop]
         part, keep = self.nodes[self.at : end + 1], self.live[end]
         gram, drift = Moments(), Moments()
@@ -64,11 +71,17 @@ class PrefixStream:
             self.original.run(part, original, {})
             self.quantized.run(part, quantized, {})
             x = quantized[stop]
+            lag = original[stop] - x
             gram.add(x)
-            drift.add(original[stop] - x, x)
+            drift.add(lag, x)
+            for sums in guided:
+                sums.add(x, lag)
             self.values[index] = (_only(keep, original), _only(keep, quantized))
         self.at = end + 1
-        return {"gram": gram.take_mean(site), "drift": drift.take_mean(site)}
+        found = {"gram": gram.take_mean(site), "drift": drift.take_mean(site)}
+        for sums in guided:
+            found |= sums.take()
+        return found
 
     def replace(self, site: Site, packed: PackedWeight) -> None:
         """From here on the quantized model has this weight at a site."""

@@ -12,16 +12,24 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.capture import fingerprint_of
-from lowra.compiler.facts import Codebooks, Packed, Precision, Prefix, Statistics
+from lowra.compiler.facts import (
+    Codebooks,
+    Packed,
+    Precision,
+    Prefix,
+    Statistics,
+    TokenWeights,
+)
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.spill import StoredTensor, write_tensors
 from lowra.compiler.storage import from_tensors
+from lowra.passes.guidance import Guides, guides_alone, guides_behind
 from lowra.passes.moments import InputMoments, MomentsReader, moments_of_prefix, output_error
 from lowra.passes.prefix import PrefixStream, prefix_order
-from lowra.passes.quantizer import quantize
+from lowra.passes.quantizer import quantize, quantize_guided
 
 Key = tuple[str, ...]
 Facts = dict[str, list[object]]
@@ -39,6 +47,8 @@ class QuantizeWeights(Pass):
     the quantized sites before it leave. All of the error (1) is the least-squares answer for the
     site alone, but shrinks what it passes on: at 2 bits 0.3 gives the model the least KL. At 0,
     or without a graph or calibration, each site is quantized for the original inputs.
+    Where measure-sensitivity left token weights, each group of a site's rows is quantized in the
+    metric of its own (GuidedQuant, arXiv 2505.07004); the error told is still the plain one.
     Finished sites are kept in the program's spill folder, so an interrupted compile resumes.
     """
 
@@ -56,18 +66,20 @@ class QuantizeWeights(Pass):
             ordered, alone = prefix_order(program)
         facts: Facts = {}
         reader = MomentsReader(program)
+        guides = guides_alone(program, alone) if self.feedback else {}
         with stage("quantize", len(program.sites)) as bar:
             for site in alone:
                 key = self._key(program, site, "")
-                read = functools.partial(self._moments, reader, site)
-                facts[site.name] = [self._packed(program, site, key, read)]
+                guide = guides.get(site.name, ())
+                read = functools.partial(self._moments, None if guide else reader, site)
+                facts[site.name] = [self._packed(program, site, key, read, guide)]
                 bar.advance()
             if ordered:
                 facts = self._in_order(program, ordered, facts, bar.advance)
         return program.with_facts(facts)
 
-    def _moments(self, reader: MomentsReader, site: Site) -> InputMoments | None:
-        return reader.read(site) if self.feedback else None
+    def _moments(self, reader: MomentsReader | None, site: Site) -> InputMoments | None:
+        return reader.read(site) if self.feedback and reader is not None else None
 
     def _in_order(
         self, program: Program, groups: Sequence[tuple[Site, ...]], facts: Facts,
@@ -90,7 +102,8 @@ class QuantizeWeights(Pass):
             read = functools.cache(functools.partial(moments_of_prefix, prefix, rotation))
             for site in group:
                 key = self._key(program, site, link)
-                facts[site.name] = [self._packed(program, site, key, read), prefix]
+                guide = guides_behind(program, site, prefix.gram, prefix.share)
+                facts[site.name] = [self._packed(program, site, key, read, guide), prefix]
                 advance()
             for site in group:
                 join(site)
@@ -106,15 +119,17 @@ class QuantizeWeights(Pass):
     def _key(self, program: Program, site: Site, link: str) -> Key:
         """What the result of a site depends on, `link` standing for all that went before; the
         last part is a digest of all."""
-        gram = program.fact(site.name, Statistics).gram
-        source = "" if gram is None else gram.path.name
+        guide = program.find(site.name, TokenWeights)
+        stored = (program.fact(site.name, Statistics).gram, guide and guide.weights)
+        source = " ".join(tensor.path.name for tensor in stored if tensor is not None)
         parts = (repr(self), program.fingerprint, source, _decided(program, site), site.name, link)
         return (*parts, hashlib.sha256("\0".join(parts).encode()).hexdigest())
 
     def _packed(
-        self, program: Program, site: Site, key: Key, read: Callable[[], InputMoments | None]
-    ) -> Packed:
-        stored = program.spill.tensors(key, lambda: self._make(program, site, read()))
+        self, program: Program, site: Site, key: Key, read: Callable[[], InputMoments | None],
+        guides: Guides,
+    ) -> Packed:  # fmt: skip
+        stored = program.spill.tensors(key, lambda: self._make(program, site, read(), guides))
         error, energy = stored["error"].tolist()
         group, rotation = (
             program.fact(site.name, Codebooks).group,
@@ -123,7 +138,7 @@ class QuantizeWeights(Pass):
         return Packed(from_tensors(stored, site.n, site.k, group, rotation), error, energy)
 
     def _make(
-        self, program: Program, site: Site, moments: InputMoments | None
+        self, program: Program, site: Site, moments: InputMoments | None, guides: Guides
     ) -> dict[str, Tensor]:
         """The packed tensors, and `error`: the share of output energy that rounding lost, and it.
 
@@ -136,9 +151,11 @@ class QuantizeWeights(Pass):
         gram = program.fact(site.name, Statistics).load(site.k)
         energy = output_error(program.weight(site), gram) or 1.0
         target = weight if moments is None else moments.target(weight)
-        packed = quantize(
-            target, moments, program.fact(site.name, Codebooks), widths, rotation, self.rounds
-        )
+        books = program.fact(site.name, Codebooks)
+        if guides:
+            packed = quantize_guided(weight, guides, books, widths, rotation, self.rounds)
+        else:
+            packed = quantize(target, moments, books, widths, rotation, self.rounds)
         if moments is not None and moments.drift is not None:
             lost = moments.loss(target - rotate(packed.dequantize(), rotation))
         else:

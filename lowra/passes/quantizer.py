@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowra.compiler.compact import PLAIN, Compact, round_levels, round_scales
 from lowra.compiler.facts import Codebooks
@@ -13,6 +14,7 @@ from lowra.compiler.packing import levels_of, width_of
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight
 from lowra.passes.feedback import descend_codes, feedback_codes, nearest_codes, scale_index
+from lowra.passes.guidance import Guides, row_groups
 from lowra.passes.moments import InputMoments
 from lowra.passes.refit import refit_levels
 
@@ -27,19 +29,72 @@ def quantize(
     closed form and its codes descend (kept where the row's output error falls); without, each
     weight goes to its nearest level, or where the codebooks' own thresholds send it.
     """
+    if moments is not None:
+        state = rounded(weight, moments, books, row_widths, rounds)
+        return _packed(state, books, row_widths, rotation)
     tables, scales = row_tables(books, row_widths)
-    if moments is None:
-        borders = row_thresholds(books, row_widths)
-        codes = nearest_codes(weight, tables, scales, books.group, borders)
-    else:
-        codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
-        state = Rounded(codes, tables, scales, books.group, books.shared, books.compact, books.span)
-        state = refine(weight, moments.gram, state, rounds)
-        codes, tables, scales = state.codes, state.tables, state.scales
-    stored = books.levels if books.shared else tables
-    return pack_weight(
-        codes, row_widths, stored, scales, books.group, rotation, books.compact, books.span
+    borders = row_thresholds(books, row_widths)
+    codes = nearest_codes(weight, tables, scales, books.group, borders)
+    return _packed(Rounded(codes, tables, scales, books.group), books, row_widths, rotation)
+
+
+def quantize_guided(
+    weight: Tensor, guides: Guides, books: Codebooks, row_widths: Tensor, rotation: Rotation,
+    rounds: int = 0,
+) -> PackedWeight:  # fmt: skip
+    """The same with a metric for each group of rows (`row_groups`), and behind a prefix each
+    group's weight that makes up for it in that metric. Shared codebooks are those of all rows."""
+    parts: list[Rounded] = []
+    for rows, read in zip(row_groups(len(weight), len(guides)), guides, strict=True):
+        moments = read()
+        target = moments.target(weight[rows])
+        parts.append(rounded(target, moments, rows_of(books, rows), row_widths[rows], rounds))
+    return _packed(_joined(parts), books, row_widths, rotation)
+
+
+def rounded(
+    weight: Tensor, moments: InputMoments, books: Codebooks, row_widths: Tensor, rounds: int
+) -> Rounded:
+    """Codes by error feedback, then `rounds` of refinement."""
+    tables, scales = row_tables(books, row_widths)
+    codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
+    state = Rounded(codes, tables, scales, books.group, books.shared, books.compact, books.span)
+    return refine(weight, moments.gram, state, rounds)
+
+
+def _joined(parts: Sequence[Rounded]) -> Rounded:
+    """The rows of all parts one below the other."""
+    levels = max(part.tables.shape[1] for part in parts)
+    tables = [
+        nn.functional.pad(part.tables, (0, levels - part.tables.shape[1]), value=torch.inf)
+        for part in parts
+    ]
+    scales = [part.scales for part in parts if part.scales is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        tables=torch.cat(tables),
+        scales=torch.cat(scales) if scales else None,
     )
+
+
+def _packed(
+    state: Rounded, books: Codebooks, row_widths: Tensor, rotation: Rotation
+) -> PackedWeight:
+    stored = books.levels if books.shared else state.tables
+    return pack_weight(
+        state.codes, row_widths, stored, state.scales, books.group, rotation, books.compact,
+        books.span,
+    )  # fmt: skip
+
+
+def rows_of(books: Codebooks, rows: Tensor | slice) -> Codebooks:
+    """The codebooks of some rows, for error feedback: without thresholds."""
+    levels = books.levels
+    if not books.shared:
+        levels = {b: table[rows] for b, table in books.levels.items()}
+    scales = None if books.scales is None else {b: s[rows] for b, s in books.scales.items()}
+    return replace(books, levels=levels, scales=scales, loss=books.loss[rows], thresholds=None)
 
 
 def row_tables(books: Codebooks, row_widths: Tensor) -> tuple[Tensor, Tensor | None]:

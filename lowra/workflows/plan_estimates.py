@@ -84,7 +84,12 @@ def _drivers(program: Program, recipe: Recipe) -> dict[str, float]:
         "sites": len(program.sites),
         "rows": sum(site.n for site in program.sites),
         "weight-tokens": weights * recipe.calibration_tokens,
-        "weight-gradients": weights * min(recipe.calibration_tokens, SENSITIVITY_TOKENS),
+        "weight-gradients": weights
+        * (
+            recipe.calibration_tokens
+            if recipe.guided
+            else min(recipe.calibration_tokens, SENSITIVITY_TOKENS)
+        ),
         "weight-widths": weights * len(recipe.candidate_widths),
         "weight-columns": sum(site.n * site.k**2 for site in program.sites),
     }

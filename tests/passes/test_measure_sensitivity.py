@@ -142,7 +142,7 @@ def test_tokens_bound_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_sensitivity, "WINDOW", 4)
     _, program = normalized("llama")
     program = replace(program, calibration=batches(captured("llama")[0], ((8, 9),)))
-    used = sum(window.numel() for window in MeasureSensitivity(tokens=16)._windows(program))
-    every = MeasureSensitivity(tokens=10_000)._windows(program)
+    used = sum(window.numel() for _, window in MeasureSensitivity(tokens=16)._windows(program))
+    every = [window for _, window in MeasureSensitivity(tokens=10_000)._windows(program)]
     assert 8 <= used <= 16 and all(2 <= window.shape[1] <= 4 for window in every)
     assert sum(window.numel() for window in every) == 8 * 8, "the ninth token stands alone"
