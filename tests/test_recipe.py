@@ -45,6 +45,9 @@ def test_a_budget_that_no_model_can_meet_is_refused_with_what_is_usual(budget: f
         ("init", "closed_form", "init='closed_form' is unknown; nearest: closed-form"),
         ("tune", "ful", "tune='ful' is unknown; nearest: full"),
         ("tune", True, "tune=True is unknown; nearest: "),
+        ("guided", 3, "guided=3 is not one of 0, 1, 2, 4"),
+        ("guided", True, "guided=True is not one of 0, 1, 2, 4"),
+        ("statistics", "diag", "statistics='diag' is unknown; nearest: diagonal"),
         ("tune_steps", 0, "tune_steps=0 must be a whole number of 1 or more"),
         ("tune_model_steps", 1.5, "tune_model_steps=1.5 must be a whole number of 1 or more"),
         ("tune_batch_tokens", "1k", "tune_batch_tokens='1k' must be a whole number of 1 or more"),
@@ -263,6 +266,35 @@ def test_tuning_is_off_unless_asked_for_and_blocks_come_before_the_model() -> No
 def test_what_quantizes_anew_is_refused_behind_tuning(other: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="quantizes anew what tune='blocks' has tuned"):
         Recipe(bit_budget=2, tune="blocks", **other)
+
+
+def test_guided_weighs_tokens_and_diagonal_statistics_do_without_a_prefix() -> None:
+    passes = text(bit_budget=2, guided=2)
+    assert "collect-statistics measure-sensitivity{groups=2} fit-codebooks" in passes
+    assert "quantize-weights{prefix=0.3}" in passes
+    passes = text(bit_budget=2, statistics="diagonal")
+    assert "collect-statistics{gram=diagonal} measure-sensitivity fit-codebooks" in passes
+    assert " quantize-weights initialize-adapters" in passes
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"init": "alternate"}, "init='alternate' quantizes anew, in the plain metric"),
+        ({"correction_rank": 4}, "correction_rank=4 quantizes anew, in the plain metric"),
+        ({"statistics": "diagonal"}, "guided=1 needs statistics='full'"),
+        ({"preset": "lowra"}, "guided=1 is not part of preset 'lowra'"),
+    ],
+    ids=str,
+)
+def test_what_guided_cannot_go_with_is_refused(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(bit_budget=2, guided=1, **other)
+
+
+def test_the_paper_collects_nothing_diagonal() -> None:
+    with pytest.raises(RecipeError, match="statistics='diagonal' is not part of preset 'lowra'"):
+        Recipe(bit_budget=2, preset="lowra", statistics="diagonal")
 
 
 def test_rank_zero_leaves_the_adapter_pass_out() -> None:

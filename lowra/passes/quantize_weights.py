@@ -97,7 +97,7 @@ class QuantizeWeights(Pass):
         for name in facts:
             join(program.site(name))
         for group in groups:
-            prefix = self._prefix(program, group[0], link, stream)
+            prefix = self._prefix(program, group, link, stream)
             rotation = program.fact(group[0].name, Rotation)
             read = functools.cache(functools.partial(moments_of_prefix, prefix, rotation))
             for site in group:
@@ -109,11 +109,14 @@ class QuantizeWeights(Pass):
                 join(site)
         return facts
 
-    def _prefix(self, program: Program, site: Site, link: str, stream: PrefixStream) -> Prefix:
-        """The moments of a site's input, from the spill folder or measured now."""
-        path = program.spill.path("prefix", *self._key(program, site, link))
+    def _prefix(
+        self, program: Program, group: Sequence[Site], link: str, stream: PrefixStream
+    ) -> Prefix:
+        """The moments of the input of a group, from the spill folder or measured now."""
+        keys = (part for site in group for part in self._key(program, site, link))
+        path = program.spill.path("prefix", *keys)
         if not path.exists():
-            write_tensors(stream.moments(site), path)
+            write_tensors(stream.moments(group[0]), path)
         return Prefix(StoredTensor(path, "gram"), StoredTensor(path, "drift"), self.prefix)
 
     def _key(self, program: Program, site: Site, link: str) -> Key:

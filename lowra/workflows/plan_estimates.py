@@ -104,7 +104,8 @@ def _memory(program: Program, recipe: Recipe, kept_bytes: int) -> dict[str, int]
     dense = sum(site.weights * site.dtype.itemsize for site in program.sites)
     model = BASE_BYTES + dense + kept_bytes
     inputs = {(site.name.rpartition(".")[0], site.k): site.k for site in program.sites}
-    grams = 4 * sum(k**2 for k in inputs.values())
+    power = 1 if recipe.statistics == "diagonal" else 2
+    grams = 4 * sum(k**power for k in inputs.values())
     largest = max(site.weights for site in program.sites)
     widest = max(site.k for site in program.sites)
     packed = int(recipe.bit_budget * sum(site.weights for site in program.sites) / 8)

@@ -14,15 +14,23 @@ from torch import Tensor, nn
 
 from lowra.compiler.capture import capture
 from lowra.compiler.dataflow import siblings
-from lowra.compiler.errors import CalibrationError
-from lowra.compiler.facts import Statistics
+from lowra.compiler.errors import CalibrationError, RecipeError
+from lowra.compiler.facts import Packed, Statistics
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.progress import record_stages
 from lowra.compiler.spill import Spill
-from lowra.passes import CollectStatistics, NormalizeLinears, collect_statistics
+from lowra.passes import (
+    CollectStatistics,
+    FitCodebooks,
+    NormalizeLinears,
+    QuantizeWeights,
+    RotateInputs,
+    collect_statistics,
+)
 from tests.compiler.captured import compiled_from, normalized
 from tests.models import plain_mlp, tokens
+from tests.passes.site_programs import CyclicWidths
 
 STEP = (CollectStatistics(),)
 
@@ -231,3 +239,32 @@ def test_float32_precision_setting_is_put_back() -> None:
     rows = x.double()
     gram = done.fact("up", Statistics).load(33)
     torch.testing.assert_close(gram.double(), rows.T @ rows / 4, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "module tree"])
+def test_the_diagonal_alone_is_stored_and_stands_for_a_diagonal_matrix(graph: bool) -> None:
+    model, x = Twice(), torch.randn(40, 8)
+    program = replace(capture(model, (x,) if graph else None), calibration=((x,),))
+    full = compiled_from(program, (NormalizeLinears(), *STEP))
+    done = compiled_from(program, (NormalizeLinears(), CollectStatistics(gram="diagonal")))
+    stored = done.fact("same", Statistics).gram
+    assert stored is not None and stored.load().shape == (8,)
+    whole = full.fact("same", Statistics).load(8)
+    torch.testing.assert_close(done.fact("same", Statistics).load(8), whole.diagonal().diag())
+
+
+def test_a_program_compiles_on_diagonals_in_rotated_coordinates() -> None:
+    model, x = plain_mlp(), torch.randn(200, 33)
+    program = replace(capture(model, (x,)), calibration=((x,),))
+    steps = (FitCodebooks((2,)), CyclicWidths(), QuantizeWeights())
+    done = compiled_from(
+        program, (NormalizeLinears(), RotateInputs(), CollectStatistics(gram="diagonal"), *steps)
+    )
+    for site in done.sites:
+        assert 0 < done.fact(site.name, Packed).error < 0.3
+
+
+def test_an_unknown_kind_of_gram_matrix_is_refused() -> None:
+    program = normalized("llama")[1]
+    with pytest.raises(RecipeError, match="gram='diag' is unknown; nearest: diagonal"):
+        run_pipeline(program, (CollectStatistics(gram="diag"),))

@@ -127,9 +127,7 @@ def test_a_token_weighs_what_the_gradients_of_its_rows_say(groups: int, power: f
 
 
 def test_a_higher_power_leaves_fewer_effective_tokens() -> None:
-    square, root = (
-        decided(MeasureSensitivity(groups=1, power=power)) for power in (1.0, 0.5)
-    )  # fmt: skip
+    square, root = (decided(MeasureSensitivity(groups=1, power=p)) for p in (1.0, 0.5))
     for site in root.sites:
         few, more = (p.fact(site.name, TokenWeights).effective for p in (square, root))
         assert few < more < sum(b * t for b, t in SIZES)
@@ -222,7 +220,6 @@ def test_groups_with_one_metric_come_out_as_the_rows_together(fit: FitCodebooks)
     parts = quantize_guided(weight, [lambda: moments] * 3, *args)
     assert torch.equal(whole.row_widths, parts.row_widths)
     assert whole.stored_bits() == parts.stored_bits()
-    torch.testing.assert_close(whole.codebooks, parts.codebooks, rtol=1e-2, atol=1e-3)
     one, two = (moments.loss(weight - rotate(p.dequantize(), rotation)) for p in (whole, parts))
     assert two == pytest.approx(one, rel=0.02)
 
@@ -257,11 +254,9 @@ def test_a_second_run_gives_the_same_bytes_and_measures_nothing(
     step = (QuantizeWeights(prefix=share),)
     first = run_pipeline(decided(folder=tmp_path), step)
     assert bytes_of(first) == bytes_of(quantized(share, 2))
-    for module, name in [
-        (measure_sensitivity, "_mean_squares"), (guidance, "_collect"), (prefix, "Runner"),
-    ]:  # fmt: skip
-        target, what = (module.Runner, "run") if name == "Runner" else (module, name)
-        monkeypatch.setattr(target, what, refuse)
+    monkeypatch.setattr(measure_sensitivity, "_mean_squares", refuse)
+    monkeypatch.setattr(guidance, "_collect", refuse)
+    monkeypatch.setattr(prefix.Runner, "run", refuse)
     again = run_pipeline(decided(folder=tmp_path), step)
     assert bytes_of(first) == bytes_of(again)
 
