@@ -47,7 +47,10 @@ def measure(task: Task, settings: Mapping[str, Any]) -> Row:
         calibration_tokens=windows * context, work_dir=task.work_dir, **options,
     )  # fmt: skip
     report = compressed.lowra.report
-    base = task.score_weights({n: m.weight for n, m in quantized_linears(compressed).items()})
+    if settings.get("tune"):  # norms were tuned with the weights
+        base = task.score(compressed)
+    else:
+        base = task.score_weights({n: m.weight for n, m in quantized_linears(compressed).items()})
     row: Row = {
         "stored_bits": report["totals"]["stored_bits"], "perplexity": base.perplexity,
         "kl": base.kl, "code_bits": report["totals"]["code_bits"],
