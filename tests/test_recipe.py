@@ -270,10 +270,10 @@ def test_what_quantizes_anew_is_refused_behind_tuning(other: dict[str, Any]) -> 
 
 def test_guided_weighs_tokens_and_diagonal_statistics_do_without_a_prefix() -> None:
     passes = text(bit_budget=2, guided=2)
-    assert "collect-statistics measure-sensitivity{groups=2} fit-codebooks" in passes
+    assert "collect-statistics measure-sensitivity{groups=2} rotate-inputs" in passes
     assert "quantize-weights{prefix=0.3}" in passes
     passes = text(bit_budget=2, statistics="diagonal")
-    assert "collect-statistics{gram=diagonal} measure-sensitivity fit-codebooks" in passes
+    assert "collect-statistics{gram=diagonal} measure-sensitivity rotate-inputs" in passes
     assert " quantize-weights initialize-adapters" in passes
 
 

@@ -108,6 +108,12 @@ def weights_by_hand(grad: Tensor, groups: int, power: float) -> Tensor:
     return raised / raised.mean(1, keepdim=True)
 
 
+def assert_alike(got: Tensor, want: Tensor) -> None:
+    """Equal to half a percent of the largest entry; inputs of a tiny model are tiny."""
+    size = float(want.abs().max())
+    torch.testing.assert_close(got.double() / size, want / size, rtol=0, atol=5e-3)
+
+
 def weights_of(program: Program, site: str) -> Tensor:
     return program.fact(site, TokenWeights).weights.load()
 
@@ -146,7 +152,7 @@ def test_the_original_metric_of_a_group_is_its_weighted_gram_matrix() -> None:
             want = (turned * weight.unsqueeze(1)).T @ turned / len(x)
             moments = read()
             plain = moments.gram - torch.eye(site.k) * moments.factor.damping
-            torch.testing.assert_close(plain.double(), want, rtol=5e-3, atol=2e-3)
+            assert_alike(plain, want)
 
 
 def test_behind_a_prefix_both_moments_of_a_group_are_weighted() -> None:
@@ -165,11 +171,10 @@ def test_behind_a_prefix_both_moments_of_a_group_are_weighted() -> None:
         gram, drift = (
             StoredTensor(path, f"{name}/{role}.{index}").load() for role in ("gram", "drift")
         )
-        close = functools.partial(torch.testing.assert_close, rtol=5e-3, atol=2e-3)
-        close(gram.double(), (behind * weights[index]).T @ behind / len(behind))
+        assert_alike(gram, (behind * weights[index]).T @ behind / len(behind))
         lag = inputs[name] - behind
-        close(drift.double(), (lag * weights[index]).T @ behind / len(behind))
-        assert float(drift.abs().max()) > 1e-3
+        assert_alike(drift, (lag * weights[index]).T @ behind / len(behind))
+        assert float(drift.abs().max()) > 0.01 * float(gram.abs().max())
 
 
 def guided_loss(program: Program) -> float:
