@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lowra.cli.bench import bench
 from lowra.cli.compile import compile_model
 from lowra.cli.errors import GuardedGroup
 from lowra.cli.eval import eval_model
@@ -48,5 +49,6 @@ app.command("plan")(plan_model)
 app.command("compile")(compile_model)
 app.command("eval")(eval_model)
 app.command("inspect")(inspect_model)
+app.command("bench")(bench)
 app.command("generate")(generate_text)
 app.command("export")(export_model)

@@ -9,18 +9,18 @@ the same names. Every op takes the packed arguments of `PackedWeight.op_args`:
     dequantize             -> W [n, k]
     dequantize_backward    dL/dW [n, k] -> dL/dcodebooks, dL/dscales
     quantized_linear       x [..., k] -> x W' + bias
+    input_gradient         dL/dy [..., n] -> dL/dx = dL/dy W, for frozen codebooks and scales
     quantized_linear_lora  x [..., k] -> x W' + bias + scaling * (x A') B',  A [r, k], B [n, r]
 """
 
 # mypy-style annotations cannot describe a torch.library context: `ctx` stays untyped on purpose.
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from lowra.compiler.rotation import Rotation, unrotate
 
 PACKED = (
     "Tensor codes, Tensor codebooks, Tensor? scales, Tensor order, "
@@ -35,6 +35,14 @@ LIBRARY.define(
     f"quantized_linear_lora(Tensor x, {PACKED}, Tensor? bias, "
     "Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
 )
+
+LIBRARY.define(f"input_gradient(Tensor grad, {PACKED}) -> Tensor")
+
+Direct = Callable[
+    [Tensor, tuple[Any, ...], Tensor | None, tuple[Tensor, Tensor, float] | None], Tensor
+]
+DIRECT: dict[str, Direct] = {}
+"""By device type: what computes both linear ops, for calls that nobody watches (`linear`)."""
 
 LINEAR_OPS = ("quantized_linear", "quantized_linear_lora")
 
@@ -58,6 +66,11 @@ def _(x, codes, codebooks, scales, order, *rest):  # type: ignore[no-untyped-def
 @torch.library.register_fake("lowra::quantized_linear_lora")
 def _(x, codes, codebooks, scales, order, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], order.shape[0]))
+
+
+@torch.library.register_fake("lowra::input_gradient")
+def _(grad, codes, codebooks, scales, order, panels, k, *rest):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], k))
 
 
 def _save(ctx: Any, packed: tuple[Any, ...], *extra: Tensor | None) -> None:
@@ -98,7 +111,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (packed, (x,)), needs = _restore(ctx), ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
-    grad_x = _input_grad(grad, packed) if needs[0] else None
+    grad_x = torch.ops.lowra.input_gradient(grad, *packed) if needs[0] else None
     tables, scales = None, None
     if needs[2] or needs[3]:
         tables, scales = _table_grads(rows.T @ x.reshape(-1, x.shape[-1]), packed, needs[1:4])
@@ -106,13 +119,13 @@ def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_x, None, tables, scales, *[None] * 6, grad_bias)
 
 
-def _input_grad(grad: Tensor, packed: tuple[Any, ...]) -> Tensor:
-    """grad W, with W~ dequantised for this product and dropped again; the rotation is undone on
-    the product, which is smaller than W where tokens are fewer than rows."""
-    *stored, seed, block = packed
-    rotated = grad @ torch.ops.lowra.dequantize(*stored, 0, 1, grad.dtype)
-    working = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return unrotate(rotated.to(working), Rotation(seed, block)).to(grad.dtype)
+def _input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs[1 : 1 + PACKED_COUNT])
+
+
+def _input_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed = _restore(ctx)[0]
+    return (torch.ops.lowra.quantized_linear(grad, *packed, None), *[None] * PACKED_COUNT)
 
 
 def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,7 +140,9 @@ def _lora_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_h = (rows @ lora_b.to(rows.dtype)) * ctx.scaling
     grad_x = None
     if needs[0]:
-        grad_x = _input_grad(grad, packed) + (grad_h @ lora_a.to(rows.dtype)).view(x.shape)
+        grad_x = torch.ops.lowra.input_gradient(grad, *packed) + (
+            grad_h @ lora_a.to(rows.dtype)
+        ).view(x.shape)
     tables, scales = None, None
     if needs[2] or needs[3]:
         tables, scales = _table_grads(rows.T @ inputs, packed, needs[1:4])
@@ -147,3 +162,36 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "lowra::quantized_linear_lora", _lora_grad, setup_context=_lora_setup
 )
+torch.library.register_autograd("lowra::input_gradient", _input_grad, setup_context=_input_setup)
+
+
+def linear(
+    x: Tensor, packed: tuple[Any, ...], bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:  # fmt: skip
+    """`quantized_linear`, or with (A, B, scaling) `quantized_linear_lora`.
+
+    The way through the dispatcher costs more than the product of a small layer and one token does;
+    where no gradient is wanted and nothing traces or intercepts ops, the backend is called at once.
+    """
+    direct = DIRECT.get(x.device.type)
+    if direct is not None and _unwatched(x):
+        return direct(x, packed, bias, factors)
+    if factors is None:
+        return torch.ops.lowra.quantized_linear(x, *packed, bias)
+    return torch.ops.lowra.quantized_linear_lora(x, *packed, bias, *factors)
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether nothing stands between this call and a backend: no gradient, tracing or mode."""
+    c: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and c._len_torch_dispatch_stack() == 0
+        and c._len_torch_function_stack() == 0
+        and c._functorch.peek_interpreter_stack() is None
+        and not c._is_tracing()
+        and not c._autograd._profiler_enabled()
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowra.compiler.correction import Correction
+from lowra.compiler.ops import linear
 from lowra.compiler.storage import (
     PackedWeight,
     encode_tables,
@@ -85,16 +86,17 @@ class QuantizedModule(nn.Module):
         """y + C x for inputs x [..., k] and what the packed weight makes of them, y [..., n]."""
         if self.correction_A is None or self.correction_B is None:
             return y
-        low = torch.ops.lowra.quantized_linear(x, *self.correction_A.packed(), None)
+        low = linear(x, self.correction_A.packed(), None, None)
         table = torch.ops.lowra.dequantize(*self.correction_B.packed(), x.dtype)
         return y + low @ table
 
     def packed(self) -> tuple[Any, ...]:
         """The packed arguments of the `lowra::` ops."""
+        held, rotation = self._buffers, self.rotation  # attributes of a module are found slowly
         flat = [value for panel in self.panels for value in panel]
         return (
-            self.codes, self.codebooks, self.scales, self.order,
-            flat, self.k, self.group, self.rotation.seed, self.rotation.block,
+            held["codes"], held["codebooks"], held["scales"], held["order"],
+            flat, self.k, self.group, rotation.seed, rotation.block,
         )  # fmt: skip
 
     def stored(self) -> PackedWeight:
@@ -194,13 +196,10 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.lora_A is None or not self.adapter_enabled:
-            y = torch.ops.lowra.quantized_linear(x, *self.packed(), self.bias)
-        else:
-            y = torch.ops.lowra.quantized_linear_lora(
-                x, *self.packed(), self.bias, self.lora_A, self.lora_B, self.scaling
-            )
-        return self.corrected(x, y)
+        factors = None
+        if self.lora_A is not None and self.lora_B is not None and self.adapter_enabled:
+            factors = (self.lora_A, self.lora_B, self.scaling)
+        return self.corrected(x, linear(x, self.packed(), self.bias, factors))
 
     def extra_repr(self) -> str:
         correction = self.correction

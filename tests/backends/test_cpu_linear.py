@@ -47,9 +47,11 @@ def test_stored_rows(
 
 def test_the_ops_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    monkeypatch.setattr(linear, "prepared", lambda _, name: asked.append(name))
     monkeypatch.setattr(linear, "library", lambda name: asked.append(name))
-    torch.ops.lowra.quantized_linear(torch.ones(1, 40), *drawn(5, 40, -1, True, 0).op_args(), None)
-    assert asked == ["dequantize"]
+    x = torch.ones(1, 40).bfloat16()
+    torch.ops.lowra.quantized_linear(x, *drawn(5, 40, 32, True, 0).op_args(), None)
+    assert asked == ["int16", "float32", "float32", "dequantize"]
 
 
 @pytest.mark.parametrize("role", range(4))

@@ -127,7 +127,10 @@ def test_sources_compile_without_a_warning(tmp_path: Path) -> None:
         file = tmp_path / f"{name}.cpp"
         file.write_text(toolchain.source_of(name))
         done = subprocess.run(
-            [COMPILER, *toolchain.FLAGS, "-Wall", "-Wextra", str(file), "-o", str(tmp_path / "x")],
+            [
+                COMPILER, *toolchain.FLAGS, *toolchain.NATIVE, "-Wall", "-Wextra", str(file),
+                "-o", str(tmp_path / "x"),
+            ],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0 and done.stderr == ""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from lowra.backends.cpu.pieces import backward_by_pieces, forward_by_pieces, values
+from lowra.backends.cpu.product import KINDS, activations_for, check_sizes, prepared, product
+from lowra.backends.cpu.tiers import best_tier
 from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import linear
-from lowra.compiler.ops import LIBRARY
-from lowra.compiler.packing import levels_of, row_words
+from lowra.compiler.ops import DIRECT, LIBRARY
 from lowra.compiler.storage import scale_groups
 
 
@@ -19,12 +23,16 @@ def stored_rows(
     panels: list[int], k: int, group: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """W [n, k] in original row order and stored coordinates; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, 0, 1)
+    ready = None if dtype == torch.float64 else prepared(packed, "float32")
+    if ready is not None:
+        return values(ready, dtype)
     built = None if dtype == torch.float64 else library("dequantize")
     if built is None:
         return linear.stored_rows(codes, codebooks, scales, order, panels, k, group, dtype)
     tables, words, order = codebooks.float().contiguous(), codes.contiguous(), order.int()
     factors = None if scales is None else scales.float().contiguous()
-    shared = _check(words, tables, factors, order, panels, k, group)
+    shared = check_sizes(words, tables, factors, order, panels, k, group)
     groups = 1 if factors is None else scale_groups(k, group)
     half = dtype == torch.bfloat16
     weight = torch.empty(order.shape[0], k, dtype=dtype if half else torch.float32)
@@ -37,30 +45,75 @@ def stored_rows(
     return weight.to(dtype)
 
 
-def _check(
-    words: Tensor, tables: Tensor, scales: Tensor | None, order: Tensor,
-    panels: list[int], k: int, group: int,
-) -> bool:  # fmt: skip
-    """Whether codebooks are shared. Raises ValueError where a size is not what the kernel reads."""
-    pairs = list(zip(panels[0::2], panels[1::2], strict=True))
-    rows = sum(count for _, count in pairs)
-    shared = tables.numel() == sum(levels_of(id) for id, _ in pairs)
-    sizes = [
-        ("code words", words.numel(), sum(count * row_words(k, id) for id, count in pairs)),
-        ("row numbers", order.numel(), rows),
-    ]
-    if not shared:
-        values = sum(count * levels_of(id) for id, count in pairs)
-        sizes.append(("codebook values", tables.numel(), values))
-    if scales is not None:
-        sizes.append(("scales", scales.numel(), rows * scale_groups(k, group)))
-    for what, got, want in sizes:
-        if got != want:
-            raise ValueError(f"a packed weight [{rows}, {k}] has {got} {what}, not {want}")
-    if rows and not 0 <= int(order.min()) <= int(order.max()) < rows:
-        raise ValueError(f"a row number of a packed weight [{rows}, {k}] is out of range")
-    return shared
+FEW_TOKENS = {"avx512": 64, "": 8}
+"""By a tier's vectors: up to here rows are multiplied as they are unpacked; above, unpacking them
+for torch's product costs less. Measured: benchmarks/results/cpu.json."""
+
+_unpacked = linear.kernels(stored_rows)
 
 
-for _name, _kernel in linear.kernels(stored_rows).items():
+def quantized_linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y = x W' + bias; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    return forward(x, packed, bias, None)
+
+
+def quantized_linear_lora(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
+    lora_a: Tensor, lora_b: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    """y = x W' + bias + scaling (x A') B'; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    return forward(x, packed, bias, (lora_a, lora_b, scaling))
+
+
+def forward(
+    x: Tensor, packed: tuple[Any, ...], bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:  # fmt: skip
+    """Both linear ops, by the number of tokens."""
+    k = packed[5]
+    if x.dtype in KINDS and x.shape[-1] == k:
+        if x.numel() <= k * FEW_TOKENS[best_tier().vectors]:
+            ready = prepared(packed, activations_for(x.dtype, k))
+            if ready is not None:
+                return product(x, ready, bias, factors)
+        ready = prepared(packed, "float32")
+        if ready is not None:
+            y = forward_by_pieces(x, ready, bias)
+            return y if factors is None else add_factors(y, x, *factors)
+    if factors is None:
+        return _unpacked["quantized_linear"](x, *packed, bias)
+    return _unpacked["quantized_linear_lora"](x, *packed, bias, *factors)
+
+
+def add_factors(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """y + scaling (x A') B', in place."""
+    hidden = functional.linear(x.reshape(-1, x.shape[-1]), a.to(x.dtype))
+    y.view(-1, y.shape[-1]).addmm_(hidden, b.to(x.dtype).T, alpha=scaling)
+    return y
+
+
+def input_gradient(
+    grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int,
+) -> Tensor:  # fmt: skip
+    """dL/dx = dL/dy W; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    ready = prepared(packed, "float32") if grad.dtype in KINDS else None
+    if ready is None:
+        return _unpacked["input_gradient"](grad, *packed)
+    return backward_by_pieces(grad, ready)
+
+
+_kernels = {
+    **_unpacked, "quantized_linear": quantized_linear,
+    "quantized_linear_lora": quantized_linear_lora, "input_gradient": input_gradient,
+}  # fmt: skip
+DIRECT["cpu"] = forward
+for _name, _kernel in _kernels.items():
     torch.library.impl(f"lowra::{_name}", "CPU", _kernel, lib=LIBRARY)

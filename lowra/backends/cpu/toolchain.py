@@ -20,13 +20,13 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lowra.compiler.home import home_folder
 
-FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread",
-)  # fmt: skip
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+NATIVE = ("-march=native",)
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_SECONDS = 300
 SWITCH = "LOWRA_CPU_KERNELS"
@@ -36,6 +36,11 @@ log = logging.getLogger("lowra")
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """The library of sources/<name>.cpp, built on first use; None where it cannot be."""
+    return built(name, source_of(name), NATIVE)
+
+
+def built(name: str, source: str, options: tuple[str, ...]) -> ctypes.CDLL | None:
+    """The library of `source`, from the cache or built; None where it cannot be."""
     if os.environ.get(SWITCH) == "off":
         return None
     compiler = find_compiler()
@@ -43,7 +48,7 @@ def library(name: str) -> ctypes.CDLL | None:
         _explain("no C++ compiler was found; install g++ or clang++, or name one in CXX")
         return None
     try:
-        return load(source_of(name), name, compiler, home_folder() / "kernels")
+        return load(source, name, compiler, home_folder() / "kernels", options)
     except (OSError, subprocess.SubprocessError) as error:
         _explain(str(error))
         return None
@@ -74,32 +79,53 @@ def find_compiler() -> Path | None:
     return None
 
 
-def load(source: str, name: str, compiler: Path, folder: Path) -> ctypes.CDLL:
+def load(
+    source: str, name: str, compiler: Path, folder: Path, options: tuple[str, ...] = NATIVE
+) -> ctypes.CDLL:
     """The library of `source`, from `folder` or built into it. Raises OSError when neither works,
     or SubprocessError when the compiler hangs.
 
     A file that does not load is built anew; a folder that cannot be written is replaced by a
     temporary one.
     """
-    path = folder / f"{name}-{_key(source, compiler)}.so"
+    path = folder / f"{name}-{_key(source, compiler, options)}.so"
     if path.exists():
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
+            return _open(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        build(source, compiler, path)
+        build(source, compiler, path, options)
     except PermissionError:
         path = Path(tempfile.mkdtemp(prefix="lowra-kernels-")) / path.name
-        build(source, compiler, path)
-    return ctypes.CDLL(str(path))
+        build(source, compiler, path, options)
+    return _open(path)
 
 
-def build(source: str, compiler: Path, path: Path) -> None:
+def _open(path: Path) -> ctypes.CDLL:
+    """A library, its loops on the threads that torch has."""
+    library = ctypes.CDLL(str(path))
+    if hasattr(library, "lowra_use_pool"):
+        library.lowra_use_pool(ctypes.c_void_p(_fork_of_torch()))
+    return library
+
+
+@functools.lru_cache(maxsize=1)
+def _fork_of_torch() -> int | None:
+    """The address of GOMP_parallel in the libgomp that torch brought along and has loaded; None
+    where torch runs on something else, and kernels start threads of their own."""
+    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        with contextlib.suppress(OSError, AttributeError):
+            loaded = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+    return None
+
+
+def build(source: str, compiler: Path, path: Path, options: tuple[str, ...] = NATIVE) -> None:
     """Compile under a temporary name, then rename: other processes see all of it or nothing."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         text, library_file = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
         text.write_text(source)
-        command = [str(compiler), *FLAGS, str(text), "-o", str(library_file)]
+        command = [str(compiler), *FLAGS, *options, str(text), "-o", str(library_file)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
@@ -115,9 +141,10 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _key(source: str, compiler: Path) -> str:
+def _key(source: str, compiler: Path, options: tuple[str, ...] = NATIVE) -> str:
     stat = compiler.stat()
-    parts = (source, str(compiler), str(stat.st_size), str(stat.st_mtime_ns), *FLAGS, cpu_model())
+    told = (*FLAGS, *options)
+    parts = (source, str(compiler), str(stat.st_size), str(stat.st_mtime_ns), *told, cpu_model())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -129,3 +156,11 @@ def cpu_model() -> str:
         fixed = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         return "\n".join(line for line in lines if line.startswith(fixed))
     return f"{platform.machine()} {platform.processor()}"
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets this CPU reports; empty where the system does not tell."""
+    for line in cpu_model().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()

@@ -134,7 +134,18 @@ def kernels(stored_rows: Rows) -> dict[str, Callable[..., Tensor]]:
         y = quantized_linear(x, *packed, bias)
         return y + functional.linear(hidden, lora_b.to(x.dtype)) * scaling
 
-    return {f.__name__: f for f in (dequantize, quantized_linear, quantized_linear_lora)}
+    def input_gradient(
+        grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+        panels: list[int], k: int, group: int, seed: int, block: int,
+    ) -> Tensor:  # fmt: skip
+        """dL/dx = dL/dy W. The rotation is undone on the product, which is smaller than W where
+        tokens are fewer than rows."""
+        weight = stored_rows(codes, codebooks, scales, order, panels, k, group, grad.dtype)
+        turned = (grad @ weight).to(_working_dtype(grad.dtype))
+        return unrotate(turned, Rotation(seed, block)).to(grad.dtype)
+
+    ops = (dequantize, quantized_linear, quantized_linear_lora, input_gradient)
+    return {op.__name__: op for op in ops}
 
 
 for _name, _kernel in {**kernels(stored_rows), "dequantize_backward": dequantize_backward}.items():

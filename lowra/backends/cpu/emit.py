@@ -1,0 +1,174 @@
+"""A kernel key -> C++ source. Pure: the same key gives the same text, and nothing is run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import resources
+
+from lowra.backends.cpu.tiers import Tier
+
+ELEMENTS = {"int8": (1, 1), "int16": (1, 2), "bfloat16": (2, 1), "float32": (4, 1)}
+"""Activation types: bytes of an element in a dot product, and how many elements one value takes."""
+
+LOOKED_UP = (1, 2, 3, 4, 9)
+"""Ids of widths whose codebook fits a register; wider rows are multiplied in float32."""
+
+PARTS = ("numbers", "weight", "tables", "activations", "rows_exact", "product")
+
+
+@dataclass(frozen=True)
+class KernelKey:
+    """What a product kernel is specialised on: `widths` get code of their own."""
+
+    tier: Tier
+    activations: str
+    widths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"product-{self.tier.name}-{self.activations}-{''.join(map(str, self.widths))}"
+
+
+def key_of(tier: Tier, activations: str, widths: set[int], group_scales: bool) -> KernelKey:
+    """The key that serves a weight with rows of `widths`.
+
+    One kernel serves all mixtures, so that few are ever built; rows that cannot be looked up, for
+    their width, their scales or the tier, are multiplied in float32 in any kernel.
+    """
+    if group_scales or not tier.vectors or not widths & set(LOOKED_UP):
+        return KernelKey(tier, "float32", ())
+    known = widths & set(LOOKED_UP)
+    return KernelKey(tier, activations, tuple(known) if len(known) == 1 else LOOKED_UP)
+
+
+def emit(key: KernelKey) -> str:
+    """The whole source of the product kernel of `key`."""
+    element, parts = ELEMENTS[key.activations]
+    most_tokens = 2 if parts == 2 else 4
+    pieces = [
+        f"// {key.name}: y = x W' + bias + scaling (x A') B'",
+        _part("parallel"),
+        "#include <utility>",
+        f"constexpr int ELEMENT = {element};  // bytes per element of a dot product",
+        f"constexpr int PARTS = {parts};  // elements per activation",
+        f"constexpr int MOST = {key.tier.most_step};  // largest looked-up integer",
+        f"constexpr int MOST_TOKENS = {most_tokens};  // that share one reading of the codes",
+        _part("product/numbers"),
+        _part("product/weight"),
+        *([_part(f"product/{key.tier.vectors}")] if key.widths else []),
+        *(_part(f"product/{name}") for name in PARTS[2:-1]),
+        _STEPS if key.widths else "",
+        _part("product/product"),
+        *(codes_of(width) for width in key.widths if width in UNPACKING),
+        _part("product/ternary") if 9 in key.widths else "",
+        dispatch(key),
+    ]
+    return "\n".join(piece for piece in pieces if piece) + "\n"
+
+
+@functools.cache
+def _part(name: str) -> str:
+    return (resources.files("lowra.backends.cpu") / "sources" / f"{name}.h").read_text()
+
+
+_STEPS = """\
+// body(0), body(1), ... with the number known to the compiler.
+template <class Body, int... S>
+static inline __attribute__((always_inline)) void each(const Body& body,
+                                                       std::integer_sequence<int, S...>) {
+    (body(std::integral_constant<int, S>{}), ...);
+}
+template <int COUNT, class Body>
+static inline __attribute__((always_inline)) void each_step(const Body& body) {
+    each(body, std::make_integer_sequence<int, COUNT>{});
+}"""
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """How the codes of one width come out of a full tile of 256 columns, 16 lanes at a time."""
+
+    planes: tuple[int, ...]
+    load: str
+    at: str
+
+
+UNPACKING = {
+    1: Unpacking((1,), "p0 = load_half(words[0]);", "shift_halves<2 * S, 2 * S + 1>(p0)"),
+    2: Unpacking((2,), "p0 = load_words(words[0]);", "shift<2 * S>(p0)"),
+    3: Unpacking(
+        (2, 1), "p0 = load_words(words[0]); p1 = load_half(words[1]);",
+        "choose(low_bits(2), shift<2 * S>(p0), rotate_halves<2 * S - 2, 2 * S - 1>(p1))",
+    ),
+    4: Unpacking(
+        (4,), "p0 = load_words(words[0]); p1 = load_words(words[0] + 16);",
+        "shift<S / 2 * 4>(S % 2 ? p1 : p0)",
+    ),
+}  # fmt: skip
+"""Step S covers lanes 16 S to 16 S + 15 of the tile (`arrange` in activations.h): lane i is field
+i / w of word i % w, and a tile is w = 8 words per bit."""
+
+
+def codes_of(width: int) -> str:
+    """The struct that walks the codes of a row of `width` bits."""
+    unpacking = UNPACKING[width]
+    words = [f"words[{i}] += {8 * bits};" for i, bits in enumerate(unpacking.planes)]
+    skipped = [f"words[{i}] += tiles * {8 * bits};" for i, bits in enumerate(unpacking.planes)]
+    opened = [f"words[0] = panel.words + row * row_words(k, {unpacking.planes[0]});"]
+    tail = "gather_tail(words[0], t.words, t.wide[s])"
+    if len(unpacking.planes) == 2:
+        high = "panel.words + panel.rows * row_words(k, 2) + row * row_words(k, 1)"
+        opened.append(f"words[1] = {high};")
+        tail = f"choose(low_bits(2), {tail}, gather_tail(words[1], t.narrow_words, t.narrow[s]))"
+    return f"""\
+struct Codes{width} {{
+    static constexpr int WIDTH = {width}, PLANE = {unpacking.planes[0]};
+    const uint32_t* words[{len(unpacking.planes)}];
+    Lanes p0{{}}, p1{{}};
+    void open(const Panel& panel, int64_t row, int64_t k) {{
+        {" ".join(opened)}
+    }}
+    void skip(int64_t tiles) {{ {" ".join(skipped)} }}
+    void load(int64_t ahead) {{
+        {unpacking.load}
+        fetch(words[0] + ahead);
+        {" ".join(words)}
+    }}
+    template <int S>
+    Lanes at() const {{ return {unpacking.at}; }}
+    Lanes tail(const Tail& t, int s) const {{
+        return {tail};
+    }}
+}};
+"""
+
+
+def dispatch(key: KernelKey) -> str:
+    """From a panel's width to its code; false where there is none."""
+    # Ternary digits fill bytes, so only bytes are multiplied as they are looked up.
+    multiplied = tuple(w for w in key.widths if w in UNPACKING or ELEMENTS[key.activations][0] == 1)
+    products = _switch(multiplied, "rows_of<Codes{}>(w, c, t, panel, begin, end)")
+    # Only float32 tables hold the values themselves.
+    exact = key.widths if key.activations == "float32" else ()
+    values = _switch(exact, "values_of<Codes{}>(w, panel, row, part, at)")
+    return f"""\
+#define ANY [[maybe_unused]]
+static bool rows_of_width(ANY const Weight& w, ANY const Call& c, ANY const Tokens& t,
+                          ANY const Panel& panel, ANY int64_t begin, ANY int64_t end) {{
+{products}    return false;
+}}
+static bool values_of_width(ANY const Weight& w, ANY const Panel& panel, ANY int64_t row,
+                            ANY const Part& part, ANY int64_t at) {{
+{values}    return false;
+}}"""
+
+
+def _switch(widths: tuple[int, ...], call: str) -> str:
+    if not widths:
+        return ""
+    cases = "".join(f"        case {w}: {call.format(w)}; return true;\n" for w in widths)
+    cases = cases.replace("rows_of<Codes9>", "ternary_rows").replace(
+        "values_of<Codes9>", "ternary_values"
+    )
+    return f"    switch (panel.width) {{\n{cases}    }}\n"

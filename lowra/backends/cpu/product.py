@@ -1,0 +1,227 @@
+"""Launching the emitted product kernels: packed weights and activations as C structures."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowra.backends.cpu.emit import ELEMENTS, LOOKED_UP, KernelKey, emit, key_of
+from lowra.backends.cpu.tiers import Tier, best_tier
+from lowra.backends.cpu.toolchain import built
+from lowra.compiler.packing import levels_of, row_words
+from lowra.compiler.rotation import Rotation, signs
+from lowra.compiler.storage import scale_groups
+
+SWITCH = "LOWRA_CPU_ACTIVATIONS"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_PANELS = 8
+LARGEST_INTEGER_K = 1 << 15
+"""Above it sums of integer products might pass 32 bits."""
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of sources/product/weight.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in
+          ("codes", "codebooks", "scales", "order", "signs", "derived")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "group", "groups", "block", "panels")),
+        ("widths", ctypes.c_int64 * MOST_PANELS), ("rows", ctypes.c_int64 * MOST_PANELS),
+        ("shared", ctypes.c_int32), ("ready", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    """`Call` of sources/product/weight.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "bias", "a", "b")),
+        *((name, ctypes.c_int64) for name in ("m", "x_stride", "rank")),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("kind", "bias_kind", "factor_kind", "threads")),
+    ]
+
+
+@dataclass
+class Prepared:
+    """A packed weight as a kernel takes it, and the tensors that its pointers lead into."""
+
+    weight: _Weight
+    key: tuple[Any, ...]
+    codes: weakref.ref[Tensor]
+    kept: tuple[Tensor | None, ...]
+    kernel: Any
+    name: str
+    rotation: Rotation
+
+
+@functools.cache
+def activations_for(dtype: torch.dtype, k: int) -> str:
+    """In what type a product reads activations of `dtype`.
+
+    float32 stays exact. Halves become integers of 15 bits and a scale per token, which is nearer
+    to the true product than rounding to a half is. LOWRA_CPU_ACTIVATIONS chooses another type.
+    """
+    able = best_tier().activations
+    chosen = os.environ.get(SWITCH, "int16")
+    if dtype == torch.float32 or chosen not in able:
+        return "float32"
+    return "float32" if chosen.startswith("int") and k > LARGEST_INTEGER_K else chosen
+
+
+_prepared: dict[tuple[int, str, str], Prepared] = {}
+
+
+def prepared(
+    packed: tuple[Any, ...], activations: str, tier: Tier | None = None
+) -> Prepared | None:
+    """The weight of the packed op arguments, ready to launch; None where no kernel takes it.
+
+    Kept for as long as its codes live; made anew when one of its tensors is another.
+    """
+    codes, codebooks, scales, order, *layout = packed
+    tier = tier or best_tier()
+    place = (id(codes), tier.name, activations)
+    found = _prepared.get(place)
+    key = (
+        codes.data_ptr(), codebooks.data_ptr(), order.data_ptr(),
+        0 if scales is None else scales.data_ptr(), *layout,
+    )  # fmt: skip
+    if found is not None and found.codes() is codes and found.key == key:
+        return found
+    made = _prepare(packed, activations, tier, key)
+    if made is not None:
+        _prepared[place] = made
+        weakref.finalize(codes, _prepared.pop, place, None).atexit = False
+    return made
+
+
+def _prepare(
+    packed: tuple[Any, ...], activations: str, tier: Tier, key: tuple[Any, ...]
+) -> Prepared | None:
+    codes, codebooks, scales, order, panels, k, group, seed, block = packed
+    if not _plain(codes, codebooks, scales, order, panels):
+        return None
+    shared = check_sizes(*packed[:7])
+    widths, rows = panels[0::2], panels[1::2]
+    kernel_key = key_of(tier, activations, set(widths), group > 0)
+    kernel = _kernel(kernel_key)
+    if kernel is None:
+        return None
+    turn = None if block == 1 else (signs(seed, k) / math.sqrt(block)).float()
+    derived = torch.empty(_derived_bytes(kernel_key, panels, shared), dtype=torch.uint8)
+    weight = _Weight(
+        codes.data_ptr(), codebooks.data_ptr(), None if scales is None else scales.data_ptr(),
+        order.data_ptr(), None if turn is None else turn.data_ptr(), derived.data_ptr(),
+        order.shape[0], k, max(group, 0), scale_groups(k, group) if scales is not None else 1,
+        block, len(rows), (ctypes.c_int64 * MOST_PANELS)(*widths),
+        (ctypes.c_int64 * MOST_PANELS)(*rows), int(shared), 0,
+    )  # fmt: skip
+    kept = (codebooks, scales, order, turn, derived)
+    return Prepared(
+        weight, (*key[:4], list(panels), *key[5:]), weakref.ref(codes), kept, kernel,
+        kernel_key.name, Rotation(seed, block),
+    )  # fmt: skip
+
+
+def _derived_bytes(key: KernelKey, panels: list[int], shared: bool) -> int:
+    """Room for what sources/product/tables.h keeps: per table its step and offset, its elements
+    where codes are looked up, and the float16 values they were made of."""
+    element = ELEMENTS[key.activations][0]
+    room = 0
+    for width, count in zip(panels[0::2], panels[1::2], strict=True):
+        levels = levels_of(width)
+        looked_up = element * max(levels, 2 * (levels // 2 + levels % 2)) if levels <= 16 else 0
+        room += (1 if shared else count) * (8 + looked_up + 2 * levels)
+    return room
+
+
+def _plain(
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor, panels: list[int]
+) -> bool:
+    """Whether a kernel can read these tensors where they lie."""
+    given = [(codes, torch.int32), (codebooks, torch.float16), (order, torch.int32)]
+    if scales is not None:
+        given.append((scales, torch.float16))
+    if len(panels) > 2 * MOST_PANELS or not {*panels[0::2]} <= {*LOOKED_UP, 8}:
+        return False
+    return all(tensor.dtype == dtype and tensor.is_contiguous() for tensor, dtype in given)
+
+
+def check_sizes(
+    words: Tensor, tables: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int,
+) -> bool:  # fmt: skip
+    """Whether codebooks are shared. Raises ValueError where a size is not what a kernel reads."""
+    pairs = list(zip(panels[0::2], panels[1::2], strict=True))
+    rows = sum(count for _, count in pairs)
+    shared = tables.numel() == sum(levels_of(id) for id, _ in pairs)
+    sizes = [
+        ("code words", words.numel(), sum(count * row_words(k, id) for id, count in pairs)),
+        ("row numbers", order.numel(), rows),
+    ]
+    if not shared:
+        values = sum(count * levels_of(id) for id, count in pairs)
+        sizes.append(("codebook values", tables.numel(), values))
+    if scales is not None:
+        sizes.append(("scales", scales.numel(), rows * scale_groups(k, group)))
+    for what, got, want in sizes:
+        if got != want:
+            raise ValueError(f"a packed weight [{rows}, {k}] has {got} {what}, not {want}")
+    if rows and not 0 <= int(order.min()) <= int(order.max()) < rows:
+        raise ValueError(f"a row number of a packed weight [{rows}, {k}] is out of range")
+    return shared
+
+
+@functools.cache
+def _kernel(key: KernelKey) -> Any:
+    library = built(key.name, emit(key), key.tier.options)
+    if library is None:
+        return None
+    at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    for function, arguments in (
+        (library.lowra_product, (at, at)),
+        (library.lowra_turn, (at, at, size, at, size, number, number, number)),
+        (library.lowra_values, (at, at, number)),
+    ):
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def product(
+    x: Tensor, ready: Prepared, bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """y [..., n] of a few tokens x [..., k], bias and adapter included."""
+    weight = ready.weight
+    n, k = weight.n, weight.k
+    tokens = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
+    m = tokens.shape[0]
+    y = x.new_empty((*x.shape[:-1], n))
+    if not m:
+        return y
+    call = _Call(tokens.data_ptr(), y.data_ptr(), None, None, None, m, tokens.stride(0))
+    call.kind, call.threads = KINDS[x.dtype], torch.get_num_threads()
+    if bias is not None:
+        bias = _readable(bias)
+        call.bias, call.bias_kind = bias.data_ptr(), KINDS[bias.dtype]
+    if factors is not None:
+        a, b = (_readable(factor) for factor in factors[:2])
+        if a.dtype != b.dtype:
+            a, b = a.float(), b.float()
+        call.a, call.b, call.rank = a.data_ptr(), b.data_ptr(), a.shape[0]
+        call.scaling, call.factor_kind = factors[2], KINDS[a.dtype]
+    ready.kernel.lowra_product(ctypes.addressof(weight), ctypes.addressof(call))
+    return y
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype in KINDS else tensor.float()).contiguous()

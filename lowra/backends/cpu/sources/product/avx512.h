@@ -1,0 +1,178 @@
+// AVX-512: 16 lanes of 32 bits. A code is looked up by a permutation of a register that holds its
+// table over and over, so the bits above the code need no clearing.
+#include <immintrin.h>
+
+#define LANES16 1
+using Lanes = __m512i;
+using Floats = __m512;
+
+static inline Lanes load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
+static inline Lanes load_half(const uint32_t* from) {  // 8 words, twice
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+static inline Lanes load_some(const uint32_t* from, int count) {
+    if (count <= 0) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi32(__mmask16((1u << std::min(count, 16)) - 1), from);
+}
+static inline void fetch(const void* from) {  // into cache
+    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0);
+}
+template <int BY>
+static inline Lanes shift(Lanes words) {
+    if constexpr (BY == 0) return words;
+    else return _mm512_srli_epi32(words, BY);
+}
+template <int LOW, int HIGH>  // other counts for lanes 0-7 and 8-15
+static inline Lanes shift_halves(Lanes words) {
+    const Lanes by = _mm512_inserti64x4(_mm512_set1_epi32(LOW), _mm256_set1_epi32(HIGH), 1);
+    return _mm512_srlv_epi32(words, by);
+}
+template <int LOW, int HIGH>
+static inline Lanes rotate_halves(Lanes words) {
+    const Lanes by =
+        _mm512_inserti64x4(_mm512_set1_epi32(LOW & 31), _mm256_set1_epi32(HIGH & 31), 1);
+    return _mm512_rorv_epi32(words, by);
+}
+static inline Lanes choose(Lanes mask, Lanes yes, Lanes no) {  // bit by bit
+    return _mm512_ternarylogic_epi32(mask, yes, no, 0xca);
+}
+
+// The lowest bits of every element, for joining planes.
+static inline Lanes low_bits(int bits) {
+    const uint32_t element = (1u << bits) - 1;
+    if (ELEMENT == 1) return _mm512_set1_epi32(int(element * 0x01010101u));
+    if (ELEMENT == 2) return _mm512_set1_epi32(int(element * 0x00010001u));
+    return _mm512_set1_epi32(int(element));
+}
+
+// How 16 lanes of a tile shorter than 256 columns are gathered from its words.
+struct TailStep {
+    alignas(64) uint32_t word[16], shift[16];
+};
+static inline Lanes gather_tail(const uint32_t* from, int count, const TailStep& step) {
+    const Lanes low = load_some(from, count), high = load_some(from + 16, count - 16);
+    const Lanes words = _mm512_permutex2var_epi32(low, _mm512_load_si512(step.word), high);
+    return _mm512_rorv_epi32(words, _mm512_load_si512(step.shift));
+}
+
+template <int BYTES>  // a table of so many bytes, over and over
+static inline Lanes spread(const uint8_t* table) {
+    if constexpr (BYTES == 2) {
+        int16_t value;
+        std::memcpy(&value, table, 2);
+        return _mm512_set1_epi16(value);
+    } else if constexpr (BYTES == 4) {
+        int32_t value;
+        std::memcpy(&value, table, 4);
+        return _mm512_set1_epi32(value);
+    } else if constexpr (BYTES == 8) {
+        int64_t value;
+        std::memcpy(&value, table, 8);
+        return _mm512_set1_epi64(value);
+    } else if constexpr (BYTES == 16) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    } else if constexpr (BYTES == 32) {
+        return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    } else {
+        return _mm512_loadu_si512(table);
+    }
+}
+
+static inline Lanes look_up(Lanes table, Lanes codes) {
+    if constexpr (ELEMENT == 1) return _mm512_permutexvar_epi8(codes, table);
+    else if constexpr (ELEMENT == 2) return _mm512_permutexvar_epi16(codes, table);
+    else return _mm512_permutexvar_epi32(codes, table);
+}
+
+// sum += values . x, lane by lane; integers where elements are bytes, else floats.
+static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
+    const Lanes inputs = _mm512_loadu_si512(x);
+    if constexpr (ELEMENT == 1) return _mm512_dpbusd_epi32(sum, values, inputs);
+#ifdef __AVX512BF16__
+    else if constexpr (ELEMENT == 2)
+        return _mm512_castps_si512(
+            _mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)values, (__m512bh)inputs));
+#endif
+    else
+        return _mm512_castps_si512(_mm512_fmadd_ps(
+            _mm512_castsi512_ps(values), _mm512_castsi512_ps(inputs), _mm512_castsi512_ps(sum)));
+}
+
+template <int PARTS>  // high and low activations in one
+static inline Floats as_floats(const Lanes* sums) {
+    if constexpr (ELEMENT != 1) return _mm512_castsi512_ps(sums[0]);
+    const Floats high = _mm512_cvtepi32_ps(sums[0]);
+    if constexpr (PARTS == 1) return high;
+    else return _mm512_fmadd_ps(high, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[PARTS - 1]));
+}
+
+static inline Floats scaled(Floats x, float by) { return _mm512_mul_ps(x, _mm512_set1_ps(by)); }
+
+// Lanes times `scale` to columns column .. column + 15 of the row at `at`, those below k.
+static inline void store_floats(Floats x, float scale, void* out, int64_t at, int64_t column,
+                                int64_t k, Kind kind) {
+    const int64_t count = std::min<int64_t>(16, k - column);
+    if (count <= 0) return;
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    x = scaled(x, scale);
+    if (kind == FLOAT32) {
+        _mm512_mask_storeu_ps(static_cast<float*>(out) + at + column, mask, x);
+        return;
+    }
+    __m256i halves;
+    if (kind == FLOAT16) {
+        halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {  // to nearest, ties to even; values are finite
+        const Lanes bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+        const Lanes odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+        const Lanes up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, up), 16));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at + column, mask, halves);
+}
+
+// x += a . b for `count` floats at most 16; a in `kind`.
+static inline Floats add_products(Floats x, const void* a, int64_t at, Kind kind, const float* b,
+                                  int64_t count) {
+    const __mmask16 mask = count >= 16 ? 0xffff : __mmask16((1u << count) - 1);
+    Floats left;
+    if (kind == FLOAT32) {
+        left = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(a) + at);
+    } else {
+        const __m256i halves =
+            _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(a) + at);
+        left = kind == FLOAT16
+                   ? _mm512_cvtph_ps(halves)
+                   : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    return _mm512_fmadd_ps(left, _mm512_maskz_loadu_ps(mask, b), x);
+}
+
+static inline __m256 fold(Floats x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+static inline void sum_lanes(const Floats (&x)[4], float* out) {
+    const __m256 left = _mm256_hadd_ps(fold(x[0]), fold(x[1]));
+    const __m256 right = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
+    const __m256 both = _mm256_hadd_ps(left, right);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+}
+
+// The first four butterflies of a Hadamard transform, within 16 lanes.
+template <int HALF, int LOW>
+static inline Floats butterfly(Floats x) {
+    const Lanes lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const Floats other =
+        _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(HALF)), x);
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, other), __mmask16(~LOW), other, x);
+}
+static inline void hadamard16(float* x, int64_t k) {
+    for (int64_t i = 0; i < k; i += 16) {
+        Floats v = _mm512_loadu_ps(x + i);
+        v = butterfly<1, 0x5555>(v);
+        v = butterfly<2, 0x3333>(v);
+        v = butterfly<4, 0x0f0f>(v);
+        v = butterfly<8, 0x00ff>(v);
+        _mm512_storeu_ps(x + i, v);
+    }
+}

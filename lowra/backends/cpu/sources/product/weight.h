@@ -1,0 +1,72 @@
+// A packed weight and one call on it, as Python hands them over (lowra/backends/cpu/product.py).
+
+constexpr int64_t TILE = 256, TERNARY_TILE = 320, WORD = 32, MOST_PANELS = 8;
+constexpr int TERNARY = 9;  // the id of rows of three levels
+
+struct Weight {
+    const uint32_t* codes;
+    const uint16_t *codebooks, *scales;  // float16; scales may be null
+    const int32_t* order;                // original index of each stored row
+    const float* signs;                  // k signs over sqrt(block), or null
+    uint8_t* derived;                    // see tables.h
+    int64_t n, k, group, groups, block, panels;
+    int64_t widths[MOST_PANELS], rows[MOST_PANELS];
+    int32_t shared, ready;
+};
+
+struct Call {
+    const void* x;
+    void* y;
+    const void *bias, *a, *b;
+    int64_t m, x_stride, rank;
+    float scaling;
+    Kind kind, bias_kind, factor_kind;
+    int32_t threads;
+};
+
+struct Part {  // of a weight's values
+    void* out;
+    int64_t first_row, last_row, first_column, last_column;
+    Kind kind;
+};
+
+struct Panel {
+    int width;
+    int64_t first, rows;        // first: stored row
+    const uint32_t* words;
+    const uint16_t *codebook, *scales;
+    const uint8_t* tables;      // looked-up elements, table after table
+    const float* affine;        // step and offset of each table
+};
+
+static inline int64_t padded(int64_t k) { return (k + WORD - 1) / WORD * WORD; }
+static inline int64_t row_words(int64_t k, int64_t bits) {  // or a width id
+    return bits == TERNARY ? (k + 19) / 20 : padded(k) * bits / WORD;
+}
+static inline int levels_of(int64_t width) { return width == TERNARY ? 3 : 1 << width; }
+static inline int64_t table_bytes(int64_t width) {  // of looked-up elements; a place per power of 2
+    return width == TERNARY ? 4 * ELEMENT : width <= 4 ? int64_t(ELEMENT) << width : 0;
+}
+
+static int64_t tables_of(const Weight& w, int64_t panel) { return w.shared ? 1 : w.rows[panel]; }
+
+static std::vector<Panel> panels_of(const Weight& w) {
+    int64_t count = 0;
+    for (int64_t p = 0; p < w.panels; p++) count += tables_of(w, p);
+    const float* affine = reinterpret_cast<const float*>(w.derived);
+    const uint8_t* tables = w.derived + count * 8;
+    std::vector<Panel> panels;
+    Panel next{0, 0, 0, w.codes, w.codebooks, w.scales, tables, affine};
+    for (int64_t p = 0; p < w.panels; p++) {
+        next.width = int(w.widths[p]);
+        next.rows = w.rows[p];
+        panels.push_back(next);
+        next.first += next.rows;
+        next.words += next.rows * row_words(w.k, next.width);
+        next.codebook += tables_of(w, p) * levels_of(next.width);
+        if (w.scales) next.scales += next.rows * w.groups;
+        next.tables += tables_of(w, p) * table_bytes(next.width);
+        next.affine += 2 * tables_of(w, p);
+    }
+    return panels;
+}
