@@ -268,10 +268,14 @@ def test_no_wall_time_enters_the_manifest(llama_folder: Path) -> None:
     assert "seconds" not in read_manifest(llama_folder)["report"]
 
 
-def test_another_seed_writes_other_bytes(tmp_path: Path, stack_folder: Path) -> None:
-    case = compile_case(stack, **STACK, seed=1)
-    other = hashes(lowra.save(case.compiled, tmp_path / "other"))
-    assert other["model.safetensors"] != hashes(stack_folder)["model.safetensors"]
+def test_another_seed_writes_other_bytes(tmp_path: Path) -> None:
+    """The seed draws the signs of rotations."""
+    written = [
+        hashes(lowra.save(compile_case(stack, **options).compiled, tmp_path / str(seed)))
+        for seed in (0, 1)
+        if (options := {**STACK, "seed": seed, "rotation": True})
+    ]
+    assert written[0]["model.safetensors"] != written[1]["model.safetensors"]
 
 
 # --- adapter files ------------------------------------------------------------------------------
