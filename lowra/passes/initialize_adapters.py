@@ -10,16 +10,24 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.correction import Correction
-from lowra.compiler.facts import Adapter, AdapterRank, Codebooks, Packed, Precision, Statistics
+from lowra.compiler.facts import (
+    Adapter,
+    AdapterRank,
+    Codebooks,
+    Packed,
+    Precision,
+    Prefix,
+    Statistics,
+)
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
-from lowra.compiler.rotation import Rotation, rotate
+from lowra.compiler.rotation import Rotation, rotate, unrotate
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.correct_weights import requantized
 from lowra.passes.fit_codebooks import paper_codebooks
 from lowra.passes.low_rank import Factors, alternate, closed_form, two_sided
-from lowra.passes.moments import MomentsReader, output_error
+from lowra.passes.moments import MomentsReader, moments_of_prefix, output_error
 from lowra.passes.paper_mappings import block_absmax
 from lowra.passes.quantizer import quantize
 
@@ -72,10 +80,7 @@ class InitializeAdapters(Pass):
         if not rank:
             return [program.fact(site.name, Packed)]
         scaling = self.alpha / self.rank
-        weight = program.weight(site)
-        if correction := program.find(site.name, Correction):
-            weight = weight - correction.product()
-        gram = program.fact(site.name, Statistics).load(site.k)
+        weight, gram = self._goal(program, site)
         packed = program.fact(site.name, Packed)
         residual = weight - packed.weight.dequantize()
         energy = packed.energy
@@ -101,6 +106,23 @@ class InitializeAdapters(Pass):
         root = scaling**0.5
         left = output_error(residual - b @ a, gram) / energy
         return [Adapter(a / root, b / root, scaling, left), packed]
+
+    def _goal(self, program: Program, site: Site) -> tuple[Tensor, Tensor]:
+        """The weight [n, k] that base and adapter stand for together, and the metric of errors.
+
+        Behind a quantized prefix these are what the base was quantized for, so that the adapter
+        does not undo what the base makes up for.
+        """
+        weight = program.weight(site)
+        prefix = program.find(site.name, Prefix)
+        if prefix is not None and self.rule in ("closed-form", "two-sided", "zero"):
+            rotation = program.fact(site.name, Rotation)
+            target = moments_of_prefix(prefix, rotation).target(rotate(weight, rotation))
+            weight, gram = unrotate(target, rotation), prefix.gram.load()
+        else:
+            gram = program.fact(site.name, Statistics).load(site.k)
+        correction = program.find(site.name, Correction)
+        return weight if correction is None else weight - correction.product(), gram
 
     def _loftq(
         self, program: Program, site: Site, weight: Tensor, base: PackedWeight, rank: int

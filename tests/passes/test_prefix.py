@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowra.compiler.facts import Packed, Prefix, Statistics
+from lowra.compiler.facts import Adapter, Packed, Prefix, Statistics
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.rotation import Rotation, rotate, unrotate
@@ -19,6 +19,7 @@ from lowra.compiler.spill import Spill
 from lowra.passes import (
     CollectStatistics,
     FitCodebooks,
+    InitializeAdapters,
     QuantizeWeights,
     RotateInputs,
     prefix,
@@ -88,6 +89,18 @@ def test_it_lowers_the_error_of_the_whole_model() -> None:
         output_error(run_pipeline(decided(), (QuantizeWeights(prefix=on),))) for on in (1.0, 0.0)
     )
     assert with_it < without
+
+
+def test_an_adapter_behind_a_prefix_repairs_what_the_base_was_quantized_for() -> None:
+    """Its error is measured in the metric of its base, and falls with the rank."""
+    program = run_pipeline(decided(), (QuantizeWeights(prefix=0.3),))
+    small, large = (
+        run_pipeline(program, (InitializeAdapters(rank=rank, alpha=rank),)) for rank in (2, 8)
+    )
+    for site in program.sites:
+        base = program.fact(site.name, Packed).error
+        errors = [base, *(p.fact(site.name, Adapter).error for p in (small, large))]
+        assert errors == sorted(errors, reverse=True) and errors[-1] < 0.9 * base
 
 
 def refuse(*_: object) -> NoReturn:
