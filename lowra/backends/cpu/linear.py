@@ -47,7 +47,7 @@ def stored_rows(
 
 FEW_TOKENS = {"avx512": 64, "": 8}
 """By a tier's vectors: up to here rows are multiplied as they are unpacked; above, unpacking them
-for torch's product costs less. Measured: benchmarks/results/cpu.json."""
+for torch's product costs less."""
 
 _unpacked = linear.kernels(stored_rows)
 
