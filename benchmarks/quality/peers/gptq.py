@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def quantize(task: Task, settings: Mapping[str, Any]) -> Quantized:
     )
     text = [{"input_ids": row, "attention_mask": row.new_ones(row.shape)}
             for row in task.calibration]  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=task.work_dir) as scratch:
+    with tempfile.TemporaryDirectory() as scratch, chdir(scratch):  # it leaves logs where it runs
         dense, stored = Path(scratch) / "dense", Path(scratch) / "stored"
         task.model.save_pretrained(dense)  # type: ignore[operator]
         task.tokenizer.save_pretrained(dense)
