@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.ours import PRESETS, TUNED
-from benchmarks.quality.rows import ORIGINAL
+from benchmarks.quality.rows import ORIGINAL, missing_by_reason
 from benchmarks.results_file import FOLDER
 
 README = Path(__file__).parent.parent / "README.md"
@@ -55,8 +55,7 @@ def quality(data: dict[str, Any]) -> Iterator[str]:
     yield "![KL and perplexity by stored bits](benchmarks/results/quality.png)"
     if data["missing"]:
         yield ""
-        reasons = "; ".join(f"{name} ({why})" for name, why in data["missing"].items())
-        yield f"Missing: {reasons}."
+        yield f"Missing: {'; '.join(missing_by_reason(data['missing']))}."
 
 
 def _quality_row(row: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from benchmarks.quality.rows import (
     add_row,
     code_version,
     is_finished,
+    missing_by_reason,
     read_document,
 )
 from benchmarks.results_file import FOLDER
@@ -172,9 +173,8 @@ def peer_job(task: Task, peer: Peer, name: str) -> Job:
 
 
 def table_of(rows: list[Row], missing: dict[str, str]) -> Table:
-    table = Table(title="WikiText-2 test, by stored bits", caption=", ".join(
-        f"{name} is missing ({why})" for name, why in missing.items()
-    ))  # fmt: skip
+    missing_lines = [f"missing: {line}" for line in missing_by_reason(missing)]
+    table = Table(title="WikiText-2 test, by stored bits", caption="\n".join(missing_lines))
     for column in COLUMNS:
         table.add_column(column.replace("_", " "), justify="right")
     for row in sorted(rows, key=lambda row: -row.get("stored_bits", 0.0)):

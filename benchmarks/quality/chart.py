@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.peers import PEERS
-from benchmarks.quality.rows import ORIGINAL, Row
+from benchmarks.quality.rows import ORIGINAL, Row, missing_by_reason
 
 BITS = (1.0, 4.75)
 ADAPTER = "+adapter"
@@ -47,9 +48,9 @@ def draw(rows: Iterable[Row], missing: Mapping[str, str], folder: Path) -> list[
             _panel(axis, rows, field, label, top)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
-        note = "\n".join(f"missing: {name} ({why[:110]})" for name, why in missing.items())
-        figure.text(0.01, 0.005, note, fontsize=7, va="bottom")
-        low = 0.02 * len(missing)
+        note = [line for why in missing_by_reason(missing) for line in wrap(f"Missing: {why}", 200)]
+        figure.text(0.01, 0.005, "\n".join(note), fontsize=7, va="bottom")
+        low = 0.02 * len(note)
         figure.tight_layout(rect=(0, low, 1, 0.87))
         paths = [folder / f"quality.{kind}" for kind in ("png", "svg")]
         folder.mkdir(parents=True, exist_ok=True)

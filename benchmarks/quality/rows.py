@@ -80,6 +80,14 @@ def merged_missing(
     return {name: why for name, why in sorted(reasons.items()) if why and name not in present}
 
 
+def missing_by_reason(missing: Mapping[str, str]) -> list[str]:
+    """`missing` for a reader: one line per reason, with the names that share it."""
+    names: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        names.setdefault(why, []).append(name)
+    return [f"{', '.join(sharing)}: {why}" for why, sharing in names.items()]
+
+
 def code_version() -> str:
     """lowra's version and a digest of its sources: rows of an older one are measured again."""
     folder = Path(lowra.__file__).parent

@@ -18,6 +18,7 @@ from benchmarks.quality.rows import (
     add_row,
     is_finished,
     merged_missing,
+    missing_by_reason,
     read_document,
     replaced,
 )
@@ -75,6 +76,11 @@ def test_what_has_rows_is_not_missing_and_the_rest_keeps_its_reason() -> None:
         "gptq": "not installed: gptqmodel", "hqq": "not measured yet",
     }  # fmt: skip
     assert "hqq" not in merged_missing(known, found, [row()])
+
+
+def test_names_that_share_a_reason_share_a_line() -> None:
+    missing = {"a": "not installed: x", "b": "ValueError: y", "c": "not installed: x"}
+    assert missing_by_reason(missing) == ["a, c: not installed: x", "b: ValueError: y"]
 
 
 @pytest.fixture
