@@ -24,7 +24,7 @@ from lowra.passes import (
     RotateInputs,
     prefix,
 )
-from lowra.passes.moments import moments_behind
+from lowra.passes.moments import moments_behind, moments_of_prefix
 from lowra.passes.prefix import prefix_order
 from tests.compiler.captured import normalized
 from tests.models import tokens
@@ -101,6 +101,19 @@ def test_an_adapter_behind_a_prefix_repairs_what_the_base_was_quantized_for() ->
         base = program.fact(site.name, Packed).error
         errors = [base, *(p.fact(site.name, Adapter).error for p in (small, large))]
         assert errors == sorted(errors, reverse=True) and errors[-1] < 0.9 * base
+
+
+def test_base_and_a_full_adapter_stand_for_the_weight_behind_the_prefix() -> None:
+    """Not for the original weight: that would undo what the base makes up for."""
+    steps = (QuantizeWeights(prefix=1.0), InitializeAdapters(rank=32, alpha=32))
+    program = run_pipeline(decided(), steps)
+    site = program.site("last")
+    adapter, rotation = program.fact(site.name, Adapter), program.fact(site.name, Rotation)
+    whole = program.fact(site.name, Packed).weight.dequantize() + adapter.lora_b @ adapter.lora_a
+    original = program.weight(site)
+    moments = moments_of_prefix(program.fact(site.name, Prefix), rotation)
+    wanted = unrotate(moments.target(rotate(original, rotation)), rotation)
+    assert (whole - wanted).norm() < 0.02 * (original - wanted).norm()
 
 
 def refuse(*_: object) -> NoReturn:
