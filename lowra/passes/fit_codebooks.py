@@ -21,7 +21,8 @@ from lowra.passes.feedback import feedback_codes, nearest_codes, scale_index
 from lowra.passes.lloyd import Fit, fit_rows_globally, fit_shared, gaussian_levels
 from lowra.passes.moments import InputMoments, MomentsReader, output_error
 from lowra.passes.paper_mappings import block_absmax, learn_mapping
-from lowra.passes.quantizer import Rounded, row_tables, rows_of
+from lowra.passes.quantizer import row_tables, rows_of
+from lowra.passes.refine import Rounded
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""

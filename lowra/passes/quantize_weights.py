@@ -40,8 +40,8 @@ class QuantizeWeights(Pass):
     """Quantize and pack every site.
 
     feedback: GPTQ error feedback (arXiv 2210.17323) with each row's own codebook, then scales in
-    closed form and coordinate descent on the codes in turn, `rounds` times; off, plain rounding to
-    the nearest level.
+    closed form and coordinate descent on the codes in turn until the row's output error stops
+    falling, `rounds` times at most; off, plain rounding to the nearest level.
     prefix: the share of the error in a site's input that the site makes up for (GPTAQ, arXiv
     2504.02692). Above 0, sites are quantized in the order of the graph, each for the inputs that
     the quantized sites before it leave. All of the error (1) is the least-squares answer for the
@@ -57,7 +57,7 @@ class QuantizeWeights(Pass):
     reads: ClassVar = (Rotation, Statistics, Codebooks, Precision)
     writes: ClassVar = (Packed,)
     feedback: bool = True
-    rounds: int = 2
+    rounds: int = 8
     prefix: float = 0.0
 
     def run(self, program: Program) -> Program:

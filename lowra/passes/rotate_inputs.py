@@ -21,7 +21,8 @@ from lowra.compiler.storage import ROW_SCALES
 from lowra.passes.feedback import feedback_codes
 from lowra.passes.fit_codebooks import FitCodebooks, row_weight
 from lowra.passes.moments import InputMoments, moments_of
-from lowra.passes.quantizer import Rounded, row_tables
+from lowra.passes.quantizer import row_tables
+from lowra.passes.refine import Rounded
 
 RULES = ("always", "measured", "never")
 TRIAL_ROWS = 48

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowra.passes.feedback import nearest_codes
-from lowra.passes.quantizer import Rounded, refine, relevelled, rescaled
+from lowra.passes.refine import SETTLED, Rounded, refine, relevelled, rescaled
 from lowra.passes.refit import refit_levels
 from tests.passes.site_programs import correlated_gram
 
@@ -133,3 +133,16 @@ def test_shared_codebooks_are_left_alone_by_refine(shared: bool) -> None:
     state = Rounded(state.codes, state.tables, state.scales, state.group, shared)
     done = refine(weight, gram, state, 2)
     assert torch.equal(done.tables, state.tables) == shared
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_refining_goes_on_until_errors_settle(shared: bool) -> None:
+    """Two rounds leave something on the table; where refine stops by itself, a further round
+    brings no more than it calls settled."""
+    weight, gram, state, _ = case(24, 96, 4, 3)
+    state = Rounded(state.codes, state.tables, state.scales, state.group, shared)
+    two, done = (refine(weight, gram, state, rounds) for rounds in (2, 100))
+    again = refine(weight, gram, done, 1)
+    before, least, most = (float(errors(weight, gram, s).sum()) for s in (two, done, again))
+    assert least < (1 - SETTLED) * before
+    assert most >= (1 - SETTLED) * least
