@@ -1,9 +1,17 @@
 """lowra: a compiler that makes language models small enough to fine-tune and serve anywhere."""
 
+from typing import TYPE_CHECKING
+
 import lowra.backends.cpu
 import lowra.backends.reference  # noqa: F401 - registers the plain-torch kernels
 from lowra.compiler.errors import LowraError
 from lowra.version import __version__
+
+if TYPE_CHECKING:
+    from lowra.api import compile, export, load, plan, save
+    from lowra.recipe import Recipe
+    from lowra.runtime.session import Session
+    from lowra.workflows.planning import Plan
 
 __all__ = [
     "LowraError",

@@ -97,12 +97,12 @@ def bench_weight(
     weight: PackedWeight, m: int, dtype: torch.dtype, seconds: float, uses: int = 1
 ) -> Timing:
     """Packed and dense products by turns for about `seconds`, on weights that are in no cache."""
-    packed = _copies(weight)
-    dense = _dense_copies(weight.n, weight.k, dtype)
+    packed = cold_copies(weight)
+    dense = cold_dense_copies(weight.n, weight.k, dtype)
     x = torch.randn(m, weight.k, generator=torch.Generator().manual_seed(0)).to(dtype)
     buffer = torch.zeros(COLD_BYTES // 8, dtype=torch.int64)
     with torch.no_grad():
-        best = _alternate(
+        best = alternate(
             {
                 "packed": lambda turn: linear(x, packed[turn % len(packed)], None, None),
                 "dense": lambda turn: functional.linear(x, dense[turn % len(dense)]),
@@ -125,7 +125,7 @@ def kernel_name(packed: tuple[Any, ...], dtype: torch.dtype) -> str:
     return "reference" if ready is None else ready.name
 
 
-def _copies(weight: PackedWeight) -> list[tuple[Any, ...]]:
+def cold_copies(weight: PackedWeight) -> list[tuple[Any, ...]]:
     """The op arguments of equal weights, together larger than caches."""
     size_bytes = weight.codes.numel() * 4
     count = min(MOST_COPIES, -(-COLD_BYTES // size_bytes))
@@ -133,13 +133,13 @@ def _copies(weight: PackedWeight) -> list[tuple[Any, ...]]:
     return [(weight.codes.clone(), *rest) for _ in range(count)]
 
 
-def _dense_copies(n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
+def cold_dense_copies(n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
     count = min(MOST_COPIES, -(-COLD_BYTES // (n * k * dtype.itemsize)))
     first = torch.randn(n, k, generator=torch.Generator().manual_seed(1)).to(dtype)
     return [first, *(first.clone() for _ in range(count - 1))]
 
 
-def _alternate(runs: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
+def alternate(runs: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
     """The least time of each run; they take turns, at least five times each."""
     best = dict.fromkeys(runs, float("inf"))
     end, turn = time.perf_counter() + seconds, 0

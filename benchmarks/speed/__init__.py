@@ -1,0 +1,1 @@
+"""Speed of kernels, of the passes that compile, and of whole models."""
