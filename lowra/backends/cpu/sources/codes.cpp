@@ -72,39 +72,45 @@ static void round_column(Block& block, int64_t column, const Column& scale, floa
     }
 }
 
-// to[j..j+COUNT) -= sum over the panel's columns i of matrix[i][j] * changes[i]
+struct Changes {  // columns that changed, by how much, and their rows of the matrix
+    Column by[PANEL];
+    const float* matrix[PANEL];
+    int count = 0;
+};
+
+// to[j..j+COUNT) -= sum over the changes of matrix[j] * by
 template <int COUNT>
-static void spread(Column* to, const float* matrix, int64_t k, const Column* changes, int panel) {
+static void spread(Column* to, int64_t j, const Changes& changes) {
     Column sum[COUNT];
-    for (int j = 0; j < COUNT; j++) sum[j] = to[j];
-    for (int i = 0; i < panel; i++)
-        for (int j = 0; j < COUNT; j++)
+    for (int c = 0; c < COUNT; c++) sum[c] = to[j + c];
+    for (int i = 0; i < changes.count; i++)
+        for (int c = 0; c < COUNT; c++)
             for (int v = 0; v < VECTORS; v++)
-                sum[j].part[v] -= changes[i].part[v] * matrix[i * k + j];
-    for (int j = 0; j < COUNT; j++) to[j] = sum[j];
+                sum[c].part[v] -= changes.by[i].part[v] * changes.matrix[i][j + c];
+    for (int c = 0; c < COUNT; c++) to[j + c] = sum[c];
 }
 
 // The same for all columns in [begin, end).
-static void spread_over(Column* to, int64_t begin, int64_t end, const float* matrix, int64_t k,
-                        const Column* changes, int panel) {
+static void spread_over(Column* to, int64_t begin, int64_t end, const Changes& changes) {
     int64_t j = begin;
-    for (; j + TILE <= end; j += TILE) spread<TILE>(to + j, matrix + j, k, changes, panel);
-    for (; j < end; j++) spread<1>(to + j, matrix + j, k, changes, panel);
+    for (; j + TILE <= end; j += TILE) spread<TILE>(to, j, changes);
+    for (; j < end; j++) spread<1>(to, j, changes);
 }
 
 static void feedback_block(Block& block, const float* upper, const int64_t* columns, int64_t k) {
-    Column errors[PANEL];
+    Changes errors;
     Column* weight = block.weight.data();
     for (int64_t start = 0; start < k; start += PANEL) {
         const int64_t end = std::min<int64_t>(k, start + PANEL);
+        errors.count = 0;
         for (int64_t i = start; i < end; i++) {
-            Column& error = errors[i - start];
-            const float* row = upper + i * k;
+            const float* row = errors.matrix[errors.count] = upper + i * k;
+            Column& error = errors.by[errors.count++];
             round_column(block, i, block.scales[columns[i]], 1 / row[i], error);
             for (int64_t j = i + 1; j < end; j++)
                 for (int v = 0; v < VECTORS; v++) weight[j].part[v] -= error.part[v] * row[j];
         }
-        spread_over(weight, end, k, upper + start * k, k, errors, end - start);
+        spread_over(weight, end, k, errors);
     }
 }
 
@@ -138,36 +144,47 @@ static void load_values(Block& block, const uint8_t* codes, const int64_t* colum
         }
 }
 
+// One column to its best level; whether that changed any row.
+static bool step(const Block& block, float diagonal, const Column& scale, Column& value,
+                 const Column& slope, Column& change, Codes& codes) {
+    Integers moved = {};
+    for (int v = 0; v < VECTORS; v++) {
+        const Vector old = value.part[v], wanted = old + slope.part[v] / diagonal;
+        Integers code;
+        const Vector now = nearest(block, v, wanted / scale.part[v], code) * scale.part[v];
+        moved |= now != old;
+        change.part[v] = now - old;
+        value.part[v] = now;
+        codes.part[v] = __builtin_convertvector(code, Bytes);
+    }
+    int any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= moved[lane];
+    return any;
+}
+
 // One sweep: each column in turn to the level that is best given all others. `slope` is the error
 // times the Gram matrix, kept up to date. Returns whether anything changed.
 static bool sweep(Block& block, const float* gram, const int64_t* columns,
                   std::vector<Column>& values, std::vector<Column>& slope, int64_t k) {
-    Column changes[PANEL];
+    Changes changes;
     bool any = false;
     for (int64_t start = 0; start < k; start += PANEL) {
         const int64_t end = std::min<int64_t>(k, start + PANEL);
-        Integers moved = {};
+        changes.count = 0;
         for (int64_t i = start; i < end; i++) {
-            const float* row = gram + i * k;
-            const Column& scale = block.scales[columns[i]];
-            for (int v = 0; v < VECTORS; v++) {
-                const Vector old = values[i].part[v], wanted = old + slope[i].part[v] / row[i];
-                Integers code;
-                const Vector now = nearest(block, v, wanted / scale.part[v], code) * scale.part[v];
-                const Vector change = changes[i - start].part[v] = now - old;
-                moved |= change != 0;
-                values[i].part[v] = now;
-                block.codes[i].part[v] = __builtin_convertvector(code, Bytes);
-                for (int64_t j = start; j < end; j++) slope[j].part[v] -= change * row[j];
-            }
+            const float* row = changes.matrix[changes.count] = gram + i * k;
+            Column& change = changes.by[changes.count];
+            if (!step(block, row[i], block.scales[columns[i]], values[i], slope[i], change,
+                      block.codes[i]))
+                continue;
+            changes.count++;
+            for (int64_t j = start; j < end; j++)
+                for (int v = 0; v < VECTORS; v++) slope[j].part[v] -= change.part[v] * row[j];
         }
-        bool here = false;
-        for (int lane = 0; lane < LANES; lane++) here |= moved[lane] != 0;
-        if (!here) continue;
+        if (!changes.count) continue;
         any = true;
-        const float* panel = gram + start * k;
-        spread_over(slope.data(), 0, start, panel, k, changes, end - start);
-        spread_over(slope.data(), end, k, panel, k, changes, end - start);
+        spread_over(slope.data(), 0, start, changes);
+        spread_over(slope.data(), end, k, changes);
     }
     return any;
 }
@@ -189,9 +206,14 @@ extern "C" void lowra_descend_codes(const float* weight, const float* gram, cons
         for (int64_t c = 0; c < k; c++)  // minus the error: spread() subtracts
             for (int v = 0; v < VECTORS; v++)
                 block.weight[c].part[v] = values[c].part[v] - block.weight[c].part[v];
-        for (int64_t i = 0; i < k; i += PANEL)
-            spread_over(slope.data(), 0, k, gram + i * k, k, block.weight.data() + i,
-                        int(std::min<int64_t>(PANEL, k - i)));
+        for (int64_t start = 0; start < k; start += PANEL) {
+            Changes errors;
+            for (int64_t i = start; i < std::min<int64_t>(k, start + PANEL); i++) {
+                errors.matrix[errors.count] = gram + i * k;
+                errors.by[errors.count++] = block.weight[i];
+            }
+            spread_over(slope.data(), 0, k, errors);
+        }
         for (int64_t s = 0; s < sweeps; s++)
             if (!sweep(block, gram, columns, values, slope, k)) break;
         write_codes(block, codes + begin * k, rows, k);
