@@ -41,7 +41,7 @@ class _Look(torch.autograd.Function):
         codes, picked, factors = ctx.saved_tensors
         grad: Tensor = grads[0]
         scaled = grad * factors
-        levels = _level_grads(codes, scaled, ctx.shape) if ctx.needs_input_grad[1] else None
+        levels = level_grads(codes, scaled, ctx.shape) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[2]:
             return scaled, levels, None
         products = grad * picked
@@ -68,12 +68,12 @@ def look_up(codes: Tensor, levels: Tensor) -> Tensor:
     return levels.gather(1, codes.long())
 
 
-def _level_grads(codes: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
+def level_grads(codes: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients of levels of `shape`, [L] shared or [rows, L]: those of the values in units of
+    scale, float32 [rows, k], summed by code."""
     if len(shape) == 2:
         return torch.zeros(shape).scatter_add_(1, codes.long(), grad)
-    if shape[0] > 4:
-        return torch.bincount(codes.reshape(-1), grad.reshape(-1), minlength=shape[0]).float()
-    return torch.stack([(grad * (codes == level)).sum() for level in range(shape[0])])
+    return torch.bincount(codes.reshape(-1), grad.reshape(-1), minlength=shape[0]).float()
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,11 @@ class LatentPanel:
 class LatentWeight:
     """One site in training."""
 
-    def __init__(self, packed: PackedWeight, wanted: Tensor, frozen_codes: bool = False) -> None:
+    def __init__(self, packed: PackedWeight, wanted: Tensor) -> None:
         """`wanted` float32 [n, k] in rotated coordinates: what each value would like to be."""
         self.packed = packed
         self.panels = [
-            _latent_panel(panel, wanted[panel.index], packed, frozen_codes)
-            for panel in take_apart(packed)
+            _latent_panel(panel, wanted[panel.index], packed) for panel in take_apart(packed)
         ]
         order = torch.cat([panel.start.index for panel in self.panels])
         self._back = torch.argsort(order)
@@ -150,7 +149,7 @@ class LatentWeight:
         return put_together([panel.stored() for panel in self.panels], self.packed)
 
 
-def _latent_panel(start: Panel, wanted: Tensor, packed: PackedWeight, frozen: bool) -> LatentPanel:
+def _latent_panel(start: Panel, wanted: Tensor, packed: PackedWeight) -> LatentPanel:
     levels = start.levels
     spacing = (levels[..., -1:] - levels[..., :1]) / (levels.shape[-1] - 1)
     unit = wanted
@@ -158,7 +157,7 @@ def _latent_panel(start: Panel, wanted: Tensor, packed: PackedWeight, frozen: bo
         scales = torch.where(start.scales == 0, torch.ones(()), start.scales)
         unit = wanted / scales[:, scale_index(wanted.shape[1], packed.group)]
     low, high = _bins(start.codes, levels, spacing)
-    latents = torch.minimum(torch.maximum(unit, low), high).requires_grad_(not frozen)
+    latents = torch.minimum(torch.maximum(unit, low), high).requires_grad_()
     offset = None if start.scales is None else torch.zeros_like(start.scales).requires_grad_()
     return LatentPanel(
         start, packed.group, packed.compact, latents, spacing,

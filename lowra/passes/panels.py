@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowra.compiler.packing import levels_of, row_words, unpack_rows, width_of
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups, with_tables
+from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,3 @@ def put_together(panels: list[Panel], like: PackedWeight) -> PackedWeight:
 def rotated_values(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The stored weight [n, k] in the rotated coordinates it is stored in."""
     return replace(packed, rotation=Rotation()).dequantize(dtype)
-
-
-def scaled(packed: PackedWeight, factor: Tensor) -> PackedWeight:
-    """The weight with each row times its factor [n]: in its scales, or in its own levels."""
-    rows = factor.detach()[packed.order.long()]
-    if packed.scales is not None:
-        scales = packed.scales.float().view(packed.n, -1) * rows.unsqueeze(1)
-        return with_tables(packed, packed.codebooks, scales.reshape(-1))
-    counts = torch.tensor([levels_of(id) for id, count in packed.panels for _ in range(count)])
-    codebooks = packed.codebooks.float() * rows.repeat_interleave(counts)
-    return with_tables(packed, codebooks, None)

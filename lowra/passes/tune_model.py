@@ -1,51 +1,40 @@
-"""tune-model: scales, norms and biases end to end, against the original model's next tokens."""
+"""tune-model: codebooks, scales, norms and biases end to end, by KL against the original."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from lowra.compiler.errors import CaptureError
 from lowra.compiler.facts import ModelTuning, Packed, Statistics
 from lowra.compiler.pipeline import Pass
-from lowra.compiler.program import Program
-from lowra.compiler.progress import stage
+from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.spill import read_tensors, write_tensors
-from lowra.compiler.storage import PackedWeight
+from lowra.compiler.storage import PackedWeight, with_tables
 from lowra.passes.adam import Adam
-from lowra.passes.block_runner import BlockRunner, Product, Values, run_frozen
-from lowra.passes.divergence import divergence
+from lowra.passes.block_runner import Linears, Product
+from lowra.passes.model_training import Course, ModelTraining, require_next_tokens, trained
 from lowra.passes.moments import output_error
-from lowra.passes.panels import rotated_values, scaled
-from lowra.passes.tuning import (
-    data_fingerprint,
-    held_out,
-    shuffled,
-    split_batches,
-    tunable_blocks,
-    with_tensors,
-)
-
-PATIENCE = 2
-"""Checks in a row without a lower held-out KL, after which training stops."""
+from lowra.passes.packed_product import ascending, packed_product, spacings
+from lowra.passes.tuning import data_fingerprint, split_batches, with_tensors
 
 
 @dataclass(frozen=True)
 class TuneModel(Pass):
-    """Train one factor per output row and every norm and bias, codes and levels fixed.
+    """Train every codebook value, scale, norm and bias, codes fixed.
 
     The loss is KL(original || model) at every position of the calibration windows, the way
-    EfficientQAT (arXiv 2407.11062) ends. Every `check` steps it is measured on held-out batches,
-    with everything rounded as stored; the best state is kept, the start included, and training
-    stops when two checks in a row are no better. `rate` is Adam's: relative, per step. The state is
-    written to the spill folder at every check, so that an interrupted run goes on.
+    EfficientQAT (arXiv 2407.11062) ends; that trains scales alone, this the levels too. Every
+    `check` steps it is measured on held-out batches, with everything rounded as stored; the best
+    state is kept, the start included, and training stops when two checks in a row are no better.
+    `rate` is Adam's, per step: of a scale relative to it, of a level in distances between levels.
+    The state is written to the spill folder at every check, so that an interrupted run goes on.
+
+    Adapters do not exist yet: the base is made to stand alone, as a base does that serves other
+    adapters or none. What is left to them is for initialize-adapters and tune-adapters.
     """
 
     name: ClassVar[str] = "tune-model"
@@ -58,13 +47,7 @@ class TuneModel(Pass):
     seed: int = 0
 
     def require(self, program: Program) -> None:
-        tunable_blocks(program)
-        split_batches(program, self.batch_tokens)
-        if not program.causal or program.inputs[:1] != ("input_ids",):
-            raise CaptureError(
-                "tuning a model as a whole follows its next-token distribution, and this model "
-                "gives none: use tune='blocks'"
-            )
+        require_next_tokens(program, self.batch_tokens)
 
     def run(self, program: Program) -> Program:
         self.require(program)
@@ -72,140 +55,75 @@ class TuneModel(Pass):
         path = program.spill.path(
             repr(self), program.fingerprint, data_fingerprint(program, batches)
         )
-        if not path.exists():
-            training = _Training(self, program, batches)
-            write_tensors(training.best_of_all(path.with_suffix(".state")), path)
-        return _with_tuned(program, read_tensors(path))
+        course = Course("tune model", self.steps, self.rate, self.check, self.seed)
+        training = ModelTraining(program, batches, _Student(program), course)
+        return _with_tuned(program, trained(training, path))
 
 
-class _Training:
-    """A run of TuneModel: the original's states, the student, what is best so far."""
+class _Tables:
+    """The codebooks and scales of one site in training, flat and in stored order."""
 
-    def __init__(
-        self, step: TuneModel, program: Program, batches: Sequence[tuple[Tensor, ...]]
-    ) -> None:
-        self.step, self.program, self.batches = step, program, batches
-        self.held_out = held_out(len(batches))
-        self.runner = BlockRunner(program)
-        self.names = list(self.runner.nodes)
-        self.student = _Student(program, self.runner)
-        self.stem, self.tail = self._split()
+    def __init__(self, site: Site, packed: PackedWeight, adam: Adam) -> None:
+        self.site, self.packed, self.values = site, packed, adam.values
+        self.units = spacings(packed)
 
-    def _split(self) -> tuple[list[str], list[str]]:
-        """Where the original is cut: what stands before is run once, and kept. That is behind the
-        last block, or before it where it gives the logits themselves."""
-        last = tunable_blocks(self.program)[-1]
-        start, end = self.names.index(last.nodes[0]), self.names.index(last.nodes[-1]) + 1
-        rest = self.names[end:]
-        computes = any(self.runner.nodes[name].op == "call_function" for name in rest)
-        cut = end if computes else start
-        return self.names[:cut], self.names[cut:]
+    @staticmethod
+    def shapes(site: Site, packed: PackedWeight) -> dict[str, torch.Size]:
+        made = {f"codebooks/{site.name}": packed.codebooks.shape}
+        if packed.scales is not None:
+            made[f"scales/{site.name}"] = packed.scales.shape
+        return made
 
-    def best_of_all(self, state: Any) -> dict[str, Tensor]:
-        """Train, or go on from `state`; factors by `factor/site`, tensors by `tensor/name`, and
-        `kl` [before, after]."""
-        step, student = self.step, self.student
-        checks = [*range(step.check, step.steps, step.check), step.steps]
-        with stage("tune model", step.steps + len(checks) + 1) as bar:
-            kept = self._original()
-            best, done, first, waited = self._resumed(state, kept)
-            bar.advance(done)
-            order = shuffled(len(self.batches) - self.held_out, step.steps, step.seed)
-            for number in range(done + 1, step.steps + 1):
-                with torch.enable_grad():
-                    self._loss(kept, order[number - 1]).backward()
-                student.adam.step(step.rate * _schedule(number, step.steps))
-                bar.advance()
-                if number not in checks:
-                    continue
-                now = self._held_out(kept)
-                better = now < float(best["kl"])
-                waited = 0 if better else waited + 1
-                if better:
-                    best = {**student.stored(), "kl": torch.tensor(now, dtype=torch.float64)}
-                self._write(state, best, number, first, waited)
-                bar.advance()
-                if waited == PATIENCE:
-                    break
-        state.unlink(missing_ok=True)
-        return {**best, "kl": torch.stack((first, best["kl"]))}
+    def moved(self) -> tuple[Tensor, Tensor | None]:
+        offset = self.values[f"codebooks/{self.site.name}"]
+        moved = self.packed.codebooks.float() + self.units * offset
+        codebooks = ascending(self.packed, moved)
+        if self.packed.scales is None:
+            return codebooks, None
+        factor = (1 + self.values[f"scales/{self.site.name}"]).clamp_min(0)
+        return codebooks, self.packed.scales.float() * factor
 
-    def _original(self) -> list[Values]:
-        """The original's values at the cut, by batch."""
-        own = self.program.replaced
-        return [
-            run_frozen(self.runner, self.stem, [self.runner.inputs(batch)], tensors=own)[0]
-            for batch in self.batches
-        ]
+    def product(self, start: bool) -> Product:
+        """At the start that with the weight as it lies in the file, whose own grid of compact
+        scales another rounding might not meet."""
+        codebooks, scales = self.moved()
+        packed = self.packed
+        if not start:
+            packed = with_tables(packed, codebooks.detach(), _detached(scales))
 
-    def _logits(self, kept: Sequence[Values], index: int) -> Tensor:
-        own = self.program.replaced
-        return _last(run_frozen(self.runner, self.tail, [kept[index]], tensors=own)[0], self.runner)
+        def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+            y = packed_product(x, codebooks, scales, packed)
+            return y if bias is None else y + bias
 
-    def _loss(self, kept: Sequence[Values], index: int) -> Tensor:
-        wanted = self._logits(kept, index)
-        found = self.student.run(self.names, self.runner.inputs(self.batches[index]))
-        return divergence(found, wanted)
+        return multiply
 
-    @torch.no_grad()
-    def _held_out(self, kept: Sequence[Values]) -> float:
-        """Mean KL over the held-out batches, everything rounded as stored."""
-        count = len(self.batches)
-        total: list[float] = []
-        for index in range(count - self.held_out, count):
-            total.append(float(self._loss(kept, index)))
-        return math.fsum(total) / len(total)
-
-    def _resumed(
-        self, state: Any, kept: Sequence[Values]
-    ) -> tuple[dict[str, Tensor], int, Tensor, int]:
-        """What is best, steps done, KL at the start, checks without gain."""
-        if state.exists():
-            read = read_tensors(state)
-            self.student.adam.load({n[5:]: t for n, t in read.items() if n.startswith("adam/")})
-            best = {n[5:]: t for n, t in read.items() if n.startswith("best/")}
-            return best, int(read["done"]), read["first"], int(read["waited"])
-        first = torch.tensor(self._held_out(kept), dtype=torch.float64)
-        return {**self.student.stored(), "kl": first}, 0, first, 0
-
-    def _write(
-        self, state: Any, best: Mapping[str, Tensor], done: int, first: Tensor, waited: int
-    ) -> None:
-        made = {f"adam/{name}": tensor for name, tensor in self.student.adam.state().items()}
-        made |= {f"best/{name}": tensor.clone() for name, tensor in best.items()}
-        made |= {
-            "done": torch.tensor(done), "first": first.clone(), "waited": torch.tensor(waited)
-        }  # fmt: skip
-        write_tensors(made, state)
-
-
-def _last(values: Values, runner: BlockRunner) -> Tensor:
-    """The graph's output."""
-    output = list(runner.nodes.values())[-1]
-    return values[output.all_input_nodes[0].name]
-
-
-def _schedule(step: int, steps: int) -> float:
-    """A cosine from one to nearly nothing, after a short rise."""
-    rise = min(1.0, step / max(1, steps // 10))
-    return rise * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+    def stored(self) -> dict[str, Tensor]:
+        codebooks, scales = self.moved()
+        made = {f"codebooks/{self.site.name}": codebooks.detach()}
+        if scales is not None:
+            made[f"scales/{self.site.name}"] = scales.detach()
+        return made
 
 
 class _Student:
-    """The quantized model in training: a factor per row, and the one-dimensional parameters."""
+    """The quantized model in training: its tables, and the one-dimensional parameters."""
 
-    def __init__(self, program: Program, runner: BlockRunner) -> None:
-        self.program, self.runner = program, runner
-        reads = {str(n.target) for n in runner.nodes.values() if n.op == "get_attr"}
+    def __init__(self, program: Program) -> None:
+        assert program.graph is not None
+        self.program = program
+        reads = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
         self.starts = {
             name: tensor.detach().float()
             for name, tensor in program.tensors.items()
             if name in reads and isinstance(tensor, nn.Parameter) and tensor.dim() == 1
         }
         self.units = {n: t.square().mean().sqrt().clamp_min(1e-3) for n, t in self.starts.items()}
+        packed = {site.name: program.fact(site.name, Packed).weight for site in program.sites}
         shapes = {f"tensor/{name}": tensor.shape for name, tensor in self.starts.items()}
-        shapes |= {f"factor/{site.name}": torch.Size((site.n,)) for site in program.sites}
+        for site in program.sites:
+            shapes |= _Tables.shapes(site, packed[site.name])
         self.adam = Adam(shapes)
+        self.sites = [_Tables(site, packed[site.name], self.adam) for site in program.sites]
 
     def tensors(self) -> dict[str, Tensor]:
         old, values = self.program.tensors, self.adam.values
@@ -214,62 +132,37 @@ class _Student:
             for name, start in self.starts.items()
         }
 
-    def run(self, names: Sequence[str], values: Values) -> Tensor:
-        linears: dict[str, tuple[Product, Rotation]] = {}
-        for site in self.program.sites:
-            packed = self.program.fact(site.name, Packed).weight
-            factor = 1 + self.adam.values[f"factor/{site.name}"]
-            pair = (_scaled_product(packed, factor), packed.rotation)
-            linears |= dict.fromkeys(site.nodes, pair)
-        return _last(self.runner.run(names, values, linears, self.tensors()), self.runner)
+    def linears(self) -> Linears:
+        made: dict[str, tuple[Product, Rotation]] = {}
+        for tables in self.sites:
+            pair = (tables.product(start=not self.adam.steps), tables.packed.rotation)
+            made |= dict.fromkeys(tables.site.nodes, pair)
+        return made
 
     def stored(self) -> dict[str, Tensor]:
-        """Factors by `factor/site` and tensors by `tensor/name`, as they are now."""
-        values = self.adam.values
-        made = {n: 1 + t.detach() for n, t in values.items() if n.startswith("factor/")}
-        return made | {f"tensor/{name}": t.detach() for name, t in self.tensors().items()}
+        """`codebooks/site` and `scales/site`, flat, and `tensor/name`."""
+        made = {f"tensor/{name}": t.detach() for name, t in self.tensors().items()}
+        for tables in self.sites:
+            made |= tables.stored()
+        return made
 
 
-class _PackedProduct(torch.autograd.Function):
-    """x [..., k] -> x W', rows of W times their factor [n], everything rounded as stored.
-
-    The weight is unpacked for the product and once more for its gradient. A factor's gradient is
-    that of its output's size, sum of g y / factor: no gradient of the weight is formed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, packed: PackedWeight) -> Tensor:
-        ctx.packed = scaled(packed, factor)
-        y = functional.linear(x, rotated_values(ctx.packed, x.dtype))
-        ctx.save_for_backward(factor, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        factor, y = ctx.saved_tensors
-        size = (grads[0].float() * y.float()).flatten(0, -2).sum(0)
-        weight = rotated_values(ctx.packed, grads[0].dtype)
-        return grads[0] @ weight, size / factor, None
-
-
-def _scaled_product(packed: PackedWeight, factor: Tensor) -> Product:
-    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Any = _PackedProduct.apply(x, factor, packed)
-        return y if bias is None else y + bias
-
-    return multiply
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _with_tuned(program: Program, tuned: Mapping[str, Tensor]) -> Program:
-    before, after = tuned["kl"].tolist()
+    outcome = ModelTuning(*tuned["kl"].tolist())
     facts: dict[str, list[object]] = {}
     for site in program.sites:
         old = program.fact(site.name, Packed)
-        packed = scaled(old.weight, tuned[f"factor/{site.name}"])
+        codebooks = tuned.get(f"codebooks/{site.name}")
+        if codebooks is None:
+            facts[site.name] = [old, outcome]
+            continue
+        packed = with_tables(old.weight, codebooks, tuned.get(f"scales/{site.name}"))
         gram = program.fact(site.name, Statistics).load(site.k)
         left = output_error(program.weight(site) - packed.dequantize(), gram)
-        facts[site.name] = [
-            replace(old, weight=packed, error=left / old.energy), ModelTuning(before, after)
-        ]  # fmt: skip
+        facts[site.name] = [replace(old, weight=packed, error=left / old.energy), outcome]
     changed = {n.removeprefix("tensor/"): t for n, t in tuned.items() if n.startswith("tensor/")}
     return with_tensors(program, changed).with_facts(facts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 from lowra.passes.latents import LatentWeight, look_up, nearest, wanted_values
-from lowra.passes.panels import put_together, rotated_values, scaled, take_apart
+from lowra.passes.panels import put_together, rotated_values, take_apart
 from tests.passes.site_programs import correlated_gram
 
 N, K = 11, 64
@@ -103,13 +103,3 @@ def test_what_is_wanted_is_the_minimum_of_the_error_in_one_value() -> None:
 
     best = error(wanted[1, 5])
     assert all(error(wanted[1, 5] + step) > best for step in (-0.01, 0.01))
-
-
-@pytest.mark.parametrize(("group", "shared"), LAYOUTS)
-def test_scaled_rows_are_the_rows_times_their_factor(group: int, shared: bool) -> None:
-    weight = packed(group, shared)
-    factor = 0.5 + torch.rand(N, generator=torch.Generator().manual_seed(5))
-    got = rotated_values(scaled(weight, factor))
-    want = rotated_values(weight) * factor.unsqueeze(1)
-    assert torch.allclose(got, want, rtol=2e-3, atol=1e-6)
-    assert scaled(weight, factor).stored_bits() == weight.stored_bits()

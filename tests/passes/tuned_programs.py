@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowra.compiler.facts import Packed
+from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.spill import Spill
@@ -23,11 +24,6 @@ from lowra.passes import (
 from tests import models
 from tests.compiler.captured import normalized
 
-QUANTIZE: tuple[Pass, ...] = (
-    RotateInputs(), CollectStatistics(), FitCodebooks(widths=(1, 2, 3)), AssignPrecision(3.0),
-    QuantizeWeights(),
-)  # fmt: skip
-
 
 def data(name: str, batches: int = 8) -> tuple[tuple[Tensor, ...], ...]:
     model, _ = normalized(name)
@@ -35,10 +31,15 @@ def data(name: str, batches: int = 8) -> tuple[tuple[Tensor, ...], ...]:
 
 
 @functools.cache
-def quantized(name: str) -> Program:
-    """A tiny model with mixed widths, its statistics in a folder that goes with it."""
+def quantized(name: str, budget: float = 3.0, **layout: Any) -> Program:
+    """A tiny model with mixed widths, its statistics in a folder that goes with it; `layout` are
+    options of fit-codebooks."""
     _, program = normalized(name)
-    return run_pipeline(replace(program, calibration=data(name), spill=Spill()), QUANTIZE)
+    passes = (
+        RotateInputs(), CollectStatistics(), FitCodebooks(widths=(1, 2, 3), **layout),
+        AssignPrecision(budget), QuantizeWeights(),
+    )  # fmt: skip
+    return run_pipeline(replace(program, calibration=data(name), spill=Spill()), passes)
 
 
 def tuned(program: Program, step: Pass, folder: Path | None = None) -> Program:
@@ -50,6 +51,8 @@ def stored_bytes(program: Program) -> dict[str, Tensor]:
     """Everything that would be stored, by name."""
     made = {name: program.tensors[name].detach() for name in program.replaced}
     for site in program.sites:
+        if adapter := program.find(site.name, Adapter):
+            made |= {f"{site.name}.A": adapter.lora_a, f"{site.name}.B": adapter.lora_b}
         weight = program.fact(site.name, Packed).weight
         made |= {f"{site.name}.{role}": t for role, t in weight.tensors().items()}
     return made
