@@ -24,6 +24,7 @@ from lowra.passes import (
     ReplayPrecision,
     RewriteLinears,
     RotateInputs,
+    TuneAdapters,
     TuneBlocks,
     TuneModel,
 )
@@ -84,7 +85,8 @@ class Recipe:
     include, ignore: patterns (globs, or regular expressions after `re:`) of weights compressed
         although skipped by default (the head), or left alone. pins: {pattern: width}.
     tune: "none"; "blocks", learned rounding of the codes, block by block; or "full", and then
-        scales and norms end to end. Minutes where the rest takes seconds; needs calibration.
+        end to end: codebooks, scales and norms, and behind them the adapter on the frozen base
+        (but for init="zero"). Minutes where the rest takes seconds; needs calibration.
     tune_steps: steps per block, tune_model_steps: steps end to end; tune_batch_tokens: tokens of
         each step.
     guided: 1, 2 or 4 groups of rows per site, each quantized in the metric in which a calibration
@@ -353,6 +355,9 @@ class Recipe:
                     threshold_average=average,
                 )
             )  # fmt: skip
+            if self.tune == "full" and init != "zero":
+                tokens, seed = self.tune_batch_tokens, self.seed
+                steps.append(TuneAdapters(self.tune_model_steps, tokens, seed=seed))
         return (*steps, RewriteLinears())
 
     def rotate_inputs(self) -> RotateInputs:

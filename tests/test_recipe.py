@@ -260,6 +260,13 @@ def test_tuning_is_off_unless_asked_for_and_blocks_come_before_the_model() -> No
     ) in text(bit_budget=2, tune="full", seed=7, **sizes)
 
 
+def test_adapters_are_tuned_last_where_they_start_at_something() -> None:
+    behind = "initialize-adapters tune-adapters{steps=6} rewrite-linears"
+    assert behind in text(bit_budget=2, tune="full", tune_model_steps=6)
+    for other in ({"tune": "blocks"}, {"rank": 0}, {"init": "zero"}):
+        assert "tune-adapters" not in text(**{"bit_budget": 2, "tune": "full", **other})
+
+
 @pytest.mark.parametrize(
     "other", [{"init": "alternate"}, {"init": "loftq"}, {"correction_rank": 4}]
 )

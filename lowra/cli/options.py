@@ -87,8 +87,8 @@ CountAdaptersOption = Annotated[
 TuneOption = Annotated[
     Tune,
     typer.Option(
-        help="'blocks': learned rounding, layer by layer. 'full': and then scales and norms end "
-        "to end. Minutes instead of seconds, and better below 3 bits."
+        help="'blocks': learned rounding, layer by layer. 'full': and then codebooks, scales, "
+        "norms and adapter end to end. Minutes instead of seconds, and better below 3 bits."
     ),
 ]
 TuneStepsOption = Annotated[

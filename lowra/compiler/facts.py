@@ -207,6 +207,15 @@ class ModelTuning:
 
 
 @dataclass(frozen=True)
+class AdapterTuning:
+    """The held-out KL(original || model with its adapter) before and after the adapter's tuning, in
+    nats per token."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Adapter:
     """LoRA factors in original input coordinates: A [r, k], B [n, r]; y += scaling * B A x.
 

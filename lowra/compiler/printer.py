@@ -15,6 +15,7 @@ from lowra.compiler.compact import PLAIN
 from lowra.compiler.correction import Correction
 from lowra.compiler.facts import (
     Adapter,
+    AdapterTuning,
     BlockTuning,
     Codebooks,
     ModelTuning,
@@ -76,6 +77,8 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
         yield f"model tuned: KL {tuning.before:.2g} to {tuning.after:.2g}"
     if adapter := program.find(name, Adapter):
         yield f"adapter: rank={adapter.rank} scaling={adapter.scaling:g}"
+    if tuning := program.find(name, AdapterTuning):
+        yield f"adapter tuned: KL {tuning.before:.2g} to {tuning.after:.2g}"
 
 
 def _data_lines(program: Program, name: str) -> Iterator[str]:

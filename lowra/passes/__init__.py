@@ -15,6 +15,7 @@ from lowra.passes.quantize_weights import QuantizeWeights
 from lowra.passes.replay_precision import ReplayPrecision
 from lowra.passes.rewrite_linears import RewriteLinears
 from lowra.passes.rotate_inputs import RotateInputs
+from lowra.passes.tune_adapters import TuneAdapters
 from lowra.passes.tune_blocks import TuneBlocks
 from lowra.passes.tune_model import TuneModel
 
@@ -32,6 +33,7 @@ PASSES: tuple[type[Pass], ...] = (
     TuneModel,
     CorrectWeights,
     InitializeAdapters,
+    TuneAdapters,
     RewriteLinears,
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowra.compiler.blocks import Block, find_blocks
 from lowra.compiler.capture import fingerprint_of
 from lowra.compiler.errors import CalibrationError, CaptureError
-from lowra.compiler.facts import Packed
+from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.program import Program
 
 HELD_OUT = 8
@@ -61,10 +61,14 @@ def held_out(count: int) -> int:
 
 
 def data_fingerprint(program: Program, batches: Sequence[tuple[Tensor, ...]]) -> str:
+    """Of the batches, and of everything that earlier passes have put in the model's place."""
     tensors = {f"batch.{i}.{j}": t for i, b in enumerate(batches) for j, t in enumerate(b)}
+    tensors |= {f"replaced.{name}": program.tensors[name].detach() for name in program.replaced}
     for site in program.sites:
         weight = program.fact(site.name, Packed).weight
         tensors |= {f"{site.name}.{role}": t for role, t in weight.tensors().items()}
+        if adapter := program.find(site.name, Adapter):
+            tensors |= {f"{site.name}.A": adapter.lora_a, f"{site.name}.B": adapter.lora_b}
     return fingerprint_of(tensors)
 
 

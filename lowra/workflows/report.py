@@ -14,6 +14,7 @@ from lowra.compiler.correction import Correction
 from lowra.compiler.dataflow import siblings
 from lowra.compiler.facts import (
     Adapter,
+    AdapterTuning,
     Assigned,
     BlockTuning,
     ModelTuning,
@@ -85,14 +86,17 @@ def _loss_unit(program: Program) -> str:
 
 
 def _tuning(program: Program) -> dict[str, Any]:
-    """Held-out errors before and after tuning: of each block's output, and KL of the model."""
+    """Held-out errors before and after tuning: of each block's output, KL of the base alone, and
+    KL with the adapters."""
     blocks = {f.block: f for s in program.sites if (f := program.find(s.name, BlockTuning))}
     models = [f for s in program.sites if (f := program.find(s.name, ModelTuning))]
+    adapters = [f for s in program.sites if (f := program.find(s.name, AdapterTuning))]
     return {
         "blocks": [
             {"name": f.block, "before": f.before, "after": f.after} for f in blocks.values()
         ],
-        "kl": {"before": models[0].before, "after": models[0].after} if models else None,
+        "kl": asdict(models[0]) if models else None,
+        "kl_with_adapter": asdict(adapters[0]) if adapters else None,
     }
 
 

@@ -15,6 +15,7 @@ from lowra.compiler.errors import PipelineError, WeightError
 from lowra.compiler.facts import (
     Adapter,
     AdapterRank,
+    AdapterTuning,
     Assigned,
     BlockTuning,
     Codebooks,
@@ -236,7 +237,7 @@ def test_a_pass_that_breaks_a_site_is_named() -> None:
 def test_every_pass_declares_facts_as_types() -> None:
     known = {
         Statistics, Codebooks, Precision, Assigned, AdapterRank, Packed, Correction, Adapter,
-        Rotation, BlockTuning, ModelTuning,
+        Rotation, BlockTuning, ModelTuning, AdapterTuning,
     }  # fmt: skip
     for kind in PASSES:
         assert set(kind.reads) | set(kind.writes) <= known

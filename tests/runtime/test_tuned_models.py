@@ -50,6 +50,7 @@ def test_the_report_tells_what_tuning_did() -> None:
     assert [block["name"] for block in report["blocks"]] == ["model.layers.0", "model.layers.1"]
     assert all(block["after"] <= block["before"] for block in report["blocks"])
     assert report["kl"]["after"] <= report["kl"]["before"]
+    assert report["kl_with_adapter"]["after"] <= report["kl_with_adapter"]["before"]
 
 
 def test_a_tuned_model_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
