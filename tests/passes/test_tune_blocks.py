@@ -22,7 +22,7 @@ from tests.compiler.captured import normalized
 from tests.passes.tuned_programs import data, quantized, same, tuned
 
 ONE = (tuple(tensor[:1] for tensor in data("llama", 1)[0]),)
-STEP = TuneBlocks(steps=24, batch_tokens=64, rate=0.3, fine_rate=0.005)
+STEP = TuneBlocks(steps=24, batch_tokens=64, rate=0.1, fine_rate=0.005)
 
 
 @functools.cache
