@@ -44,6 +44,15 @@ def test_kmeans_pairs_the_rows_that_lose_alike(mse: np.ndarray, seed: int) -> No
     assert labels[0] == labels[1] != labels[2] == labels[3]
 
 
+def test_kmeans_moves_its_centers_until_they_stand() -> None:
+    """0 3 7 10, which any two starts bring to {0, 3} and {7, 10}: from 0 and 3, the other two first
+    join 3, whose center goes to 6.67, and then 3 is nearer to 0."""
+    points = np.array([[0.0], [3.0], [7.0], [10.0]])
+    for seed in range(40):
+        labels = kmeans(points, 2, seed=seed).tolist()
+        assert labels[0] == labels[1] != labels[2] == labels[3]
+
+
 def test_the_cluster_program_of_the_small_rows() -> None:
     """7 units (1.75 x 4 rows). Means {a, b} 20.5 14.5 4, {c, d} 6 3 0. Widths of the pairs, cost:
 
@@ -85,13 +94,16 @@ def test_all_steps_together() -> None:
 
 
 def test_the_cluster_program_knows_only_the_mean_of_a_cluster() -> None:
-    """1.25 bits for four rows: one row gets a second bit. It saves 8 in the first row and 0 in the
-    second, 5.5 and 4.5 in the others. Of the means, 4 and 5, the second wins, and in it the third
-    row. With a cluster for each row the first row wins."""
-    mse = np.array([[9, 1, 0], [1, 1, 0], [25.5, 20, 19], [24.5, 20, 19]])
-    sizes = np.full(4, 8)
-    assert bits_of(solve_two_level(mse, sizes, WIDTHS, 1.25, clusters=2).choice) == [1, 1, 2, 1]
-    assert bits_of(solve_two_level(mse, sizes, WIDTHS, 1.25, clusters=4).choice) == [2, 1, 1, 1]
+    """1.2 bits for five rows: one row gets a second bit. It saves 8, 0 and 4 in the first three
+    rows, 5.5 and 4.5 in the others. Of the means, 4 and 5 (of the sums, 12 and 10, it would be the
+    first), the second wins, and in it the fourth row. With a cluster for each row the first wins.
+    """
+    mse = np.array([[9, 1, 0], [1, 1, 0], [5, 1, 0], [25.5, 20, 19], [24.5, 20, 19]])
+    two, five = (
+        solve_two_level(mse, np.full(5, 8), WIDTHS, 1.2, clusters=clusters) for clusters in (2, 5)
+    )
+    assert bits_of(two.choice) == [1, 1, 1, 2, 1]
+    assert bits_of(five.choice) == [2, 1, 1, 1, 1]
 
 
 def test_the_budget_is_split_by_size_before_anything_is_chosen() -> None:
