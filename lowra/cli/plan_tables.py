@@ -93,13 +93,14 @@ def _measured_facts(plan: Mapping[str, Any], measured: Mapping[str, Any]) -> dic
         f"({bytes_text(measured['stored_bytes'])})",
         "rotated": f"{measured['rotated_inputs']} of {measured['inputs']} inputs",
         "assignment": assignment_text(plan["assignment"]),
-        "against one width": _comparison_text(plan["assignment"]["uniform"]),
+        "against one width": comparison_text(plan["assignment"]["uniform"]),
         "calibration": f"{measured['calibration_tokens']:,} tokens",
         "estimated time": plan["estimates"]["obtained"],
     }
 
 
-def _comparison_text(found: Mapping[str, Any] | None) -> str:
+def comparison_text(found: Mapping[str, Any] | None) -> str:
+    """Which plan was kept on held-out data, and by how much."""
     if found is None:
         return "not compared"
     kept = "one width for all rows" if found["uniform"] < found["mixed"] else "the mixed plan"

@@ -1,4 +1,4 @@
-"""plan: sizes and the reachable interval, from shapes alone, before any long work."""
+"""plan: sizes and the reachable interval, from shapes alone; widths and loss where measured."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 
 from lowra.cli.options import Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output
+from lowra.cli.plan_tables import comparison_text
 from lowra.cli.tables import bytes_text, group_alike
 from lowra.recipe import PRESETS, TUNES, UNITS
 from lowra.runtime.checkpoint import DTYPES
@@ -205,6 +206,15 @@ def test_rows_that_differ_in_layer_numbers_only_are_one():
         ("h.1.fc1", 1),
         ("h.2.fc2", 1),
     ]
+
+
+def test_the_comparison_with_one_width_in_words():
+    assert comparison_text(None) == "not compared"
+    kept = [
+        comparison_text({"width": 1.6, "mixed": mixed, "uniform": 0.5}).partition(": ")[2]
+        for mixed in (0.25, 0.5, 0.75)
+    ]
+    assert kept == ["kept the mixed plan"] * 2 + ["kept one width for all rows"]
 
 
 def test_bytes_in_words():
