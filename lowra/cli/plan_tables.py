@@ -70,8 +70,9 @@ def _print_stages(
         rows.append((stage["name"], *took, seconds_text(stage["seconds"]), memory))
     took = (f"{measured['total']:.1f} s",) if measured else ()
     rows.append(("all", *took, seconds_text(found["seconds"]), bytes_text(found["peak_bytes"])))
-    columns = ("stage", *(["measured>"] if measured else []), "time>", "peak memory>")
-    print_table(console, "time and memory, estimated", columns, rows)
+    title = "time and memory" if measured else "time and memory, estimated"
+    times = ("measured>", "estimated>") if measured else ("time>",)
+    print_table(console, title, ("stage", *times, "peak memory>"), rows)
 
 
 def _print_estimates(console: Console, found: Mapping[str, Any]) -> None:
