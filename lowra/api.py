@@ -20,7 +20,8 @@ from lowra.compiler.progress import record_stages, stage
 from lowra.compiler.spill import Spill
 from lowra.passes import NormalizeLinears, QuantizeWeights
 from lowra.recipe import Recipe
-from lowra.runtime.checkpoint import load_checkpoint, save_checkpoint
+from lowra.runtime.checkpoint_reader import load_checkpoint
+from lowra.runtime.checkpoint_writer import save_checkpoint
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.export import export_program
 from lowra.runtime.module_view import build_module_view

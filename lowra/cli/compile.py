@@ -146,7 +146,7 @@ def _compile(
 def _check_output(out: Path, overwrite: bool) -> None:
     """Raise OutputError unless `out` is free, or an earlier checkpoint that may be replaced."""
     from lowra.compiler.errors import OutputError
-    from lowra.runtime.checkpoint import check_free
+    from lowra.runtime.checkpoint_writer import check_free
     from lowra.runtime.manifest import MANIFEST
 
     check_free(out, overwrite)

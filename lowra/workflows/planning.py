@@ -15,7 +15,7 @@ from lowra.compiler.errors import BudgetError
 from lowra.compiler.facts import AdapterRank, Assigned, Packed, Precision, Statistics
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import row_bits, site_bits
+from lowra.compiler.stored_bits import row_bits, site_bits
 from lowra.passes.pins import Pin, bill_of_pins, pinned_widths
 from lowra.passes.plan_bits import Counted, plan_bits
 from lowra.recipe import Recipe

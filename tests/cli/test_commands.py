@@ -13,7 +13,7 @@ from lowra.cli.output import Output
 from lowra.cli.plan_tables import comparison_text
 from lowra.cli.tables import bytes_text, group_alike
 from lowra.recipe import PRESETS, TUNES, UNITS
-from lowra.runtime.checkpoint import DTYPES
+from lowra.runtime.checkpoint_reader import DTYPES
 from tests.cli.conftest import QUICK
 
 
