@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,31 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.capture import capture
-from lowra.compiler.errors import CalibrationError, CaptureError, RecipeError
-from lowra.compiler.pipeline import run_pipeline
+from lowra.compiler.errors import CaptureError, RecipeError
+from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.progress import record_stages, stage
 from lowra.compiler.spill import Spill
-from lowra.passes import NormalizeLinears
+from lowra.passes import NormalizeLinears, QuantizeWeights
 from lowra.recipe import Recipe
-from lowra.runtime.checkpoint import load_checkpoint, save_checkpoint
+from lowra.runtime.checkpoint_reader import load_checkpoint
+from lowra.runtime.checkpoint_writer import save_checkpoint
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.export import export_program
 from lowra.runtime.module_view import build_module_view
-from lowra.workflows.calibration import as_token_batches, generate_calibration
-from lowra.workflows.models import vocabulary_size
+from lowra.workflows.calibration_batches import calibrated
+from lowra.workflows.models import load_model
 from lowra.workflows.plan_file import check_plan, has_widths, read_plan, with_planned
 from lowra.workflows.planning import Plan, check_budget, kept_bytes, make_plan
 from lowra.workflows.report import make_report
 from lowra.workflows.skeletons import load_skeleton
 
 M = TypeVar("M", bound=nn.Module)
-BATCH_TOKENS = 4096
-HELD_OUT_TOKENS = 1024
-"""Calibration tokens that no pass learns from: what a plan is compared with uniform widths on."""
-HOLD_OUT_ONE_IN = 8
-"""Of fewer windows than this, none is held out."""
-log = logging.getLogger("lowra")
 
 
 def compile(
@@ -76,11 +71,9 @@ def compile(
         if planned is not None:
             check_plan(program, planned)
             program = with_planned(program, planned) if replay else program
-        elif recipe.unit == "siblings":
-            recipe.assignment().site_groups(program)  # refuses a program without a graph
-        with stage("calibration", None):
-            program = _calibrated(program, model, recipe, calibration, tokenizer)
-        program = replace(program, spill=Spill(None if work_dir is None else Path(work_dir)))
+        else:
+            _refuse_siblings(program, recipe)
+        program = _with_data(program, model, recipe, calibration, tokenizer, work_dir)
         program = run_pipeline(program, recipe.passes(replay)[1:])
         view = build_module_view(model, program)
     report = make_report(program, stages, time.perf_counter() - begun)
@@ -98,7 +91,11 @@ def plan(
     model: nn.Module | str | Path,
     recipe: Recipe | None = None,
     *,
+    measure: bool = False,
+    calibration: Any = None,
+    tokenizer: Any = None,
     example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    work_dir: str | Path | None = None,
     **options: Any,
 ) -> Plan:
     """What compiling would do: sites, what is skipped and why, the reachable interval, sizes,
@@ -107,11 +104,23 @@ def plan(
     Touches nothing and reads no calibration data. Of a model given by name (a folder, a `.gguf`
     file, a Hub id) only shapes are read, from its config; nothing is traced then. Raises as
     `compile` does for a bad recipe.
+
+    `measure` loads the weights and runs the passes of a compile that choose widths: the plan then
+    holds the width of every row and the loss that they are expected to cost, and a compile replays
+    it. `calibration`, `tokenizer` and `work_dir` are as in `compile`, and need `measure`; a compile
+    with the same `work_dir` takes statistics and codebooks from it. Raises what `compile` raises.
     """
     recipe = _recipe(recipe, options)
+    given = {"calibration": calibration, "tokenizer": tokenizer, "work_dir": work_dir}
+    for name, value in given.items():
+        if value is not None and not measure:
+            raise RecipeError(f"{name} is read where a plan is measured: add measure=True")
     if isinstance(model, (str, Path)):
-        model = load_skeleton(model)
+        model, found = load_model(model) if measure else (load_skeleton(model), None)
+        tokenizer = found if tokenizer is None else tokenizer
     _require_dense(model)
+    if measure:
+        return _measured_plan(model, recipe, example, calibration, tokenizer, work_dir)
     with torch.no_grad():
         program = _captured(model, recipe, example)
     check_budget(program, recipe)
@@ -181,79 +190,42 @@ def _captured(
     return run_pipeline(program, [normalize])
 
 
-def _calibrated(
-    program: Program, model: nn.Module, recipe: Recipe, calibration: Any, tokenizer: Any
-) -> Program:
-    """The program with its calibration batches; without any where it runs data-free."""
-    if recipe.data_free:
-        if calibration is not None:
-            raise CalibrationError("preset 'lowra' is data-free: leave calibration out")
-        return program
-    if "input_ids" not in program.inputs:
-        return replace(program, calibration=_plain_batches(program, calibration))
-    if calibration is None:
-        try:
-            ids = generate_calibration(
-                model, tokens=recipe.calibration_tokens + _extra(recipe), context=recipe.context,
-                seed=recipe.seed,
-            )  # fmt: skip
-        except CalibrationError as error:
-            log.warning("compiling data-free: %s", error)
-            return program
-    else:
-        ids = as_token_batches(
-            calibration, tokenizer, vocabulary_size(model) or 0,
-            tokens=recipe.calibration_tokens, context=recipe.context,
-        )  # fmt: skip
-    count = min(len(ids) // HOLD_OUT_ONE_IN, max(1, HELD_OUT_TOKENS // ids.shape[1]))
-    learned, held_out = ids[: len(ids) - count], ids[len(ids) - count :]
-    return replace(
-        program,
-        calibration=_token_batches(program, learned),
-        held_out=_token_batches(program, held_out) if count else (),
-    )
+def _measured_plan(
+    model: nn.Module, recipe: Recipe, example: Mapping[str, Tensor] | tuple[Tensor, ...] | None,
+    calibration: Any, tokenizer: Any, work_dir: str | Path | None,
+) -> Plan:  # fmt: skip
+    """The plan after the passes of a compile that choose widths."""
+    _require_weights(model)
+    begun = time.perf_counter()
+    with record_stages() as stages, torch.no_grad():
+        program = _captured(model, recipe, example)
+        check_budget(program, recipe)
+        _refuse_siblings(program, recipe)
+        program = _with_data(program, model, recipe, calibration, tokenizer, work_dir)
+        passes = recipe.passes()[1:]
+        for step in passes:
+            step.require(program)  # also of those that only a compile runs
+        program = run_pipeline(program, tuple(takewhile(_chooses, passes)))
+    seconds = {**stages, "total": time.perf_counter() - begun}
+    return make_plan(program, recipe, kept_bytes(model, program), seconds)
 
 
-def _extra(recipe: Recipe) -> int:
-    """Tokens to write for holding out, where there is enough text to hold some out."""
-    plenty = recipe.calibration_tokens >= HOLD_OUT_ONE_IN * HELD_OUT_TOKENS
-    return HELD_OUT_TOKENS if plenty else 0
+def _refuse_siblings(program: Program, recipe: Recipe) -> None:
+    """Raise RecipeError for unit="siblings" where there is no graph to ask, before long work."""
+    if recipe.unit == "siblings":
+        recipe.assignment().site_groups(program)
 
 
-def _token_batches(program: Program, ids: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
-    return tuple(_token_batch(program, batch) for batch in batches)
+def _chooses(step: Pass) -> bool:
+    """True for the passes in front of the first that quantizes."""
+    return not isinstance(step, QuantizeWeights)
 
 
-def _token_batch(program: Program, ids: Tensor) -> tuple[Tensor, ...]:
-    values = {"attention_mask": torch.ones_like(ids)}
-    return tuple(values.get(name, ids) for name in program.inputs)
-
-
-def _plain_batches(program: Program, calibration: Any) -> tuple[tuple[Tensor, ...], ...]:
-    """Calibration of a model without token inputs: tuples of input tensors, or bare tensors."""
-    if calibration is None:
-        return (program.example,) if program.example else ()
-    if isinstance(calibration, (str, Path)):
-        raise CalibrationError("this model takes no tokens: calibrate with tuples of input tensors")
-    if not isinstance(calibration, (Tensor, Iterable)):
-        raise CalibrationError(f"calibration is a {type(calibration).__name__}, not tensors")
-    items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    batches = [(item,) if isinstance(item, Tensor) else tuple(item) for item in items]
-    if not batches:
-        raise CalibrationError("calibration is empty; give at least one batch of input tensors")
-    for batch in batches:
-        if not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in batch):
-            raise CalibrationError("each calibration batch must be non-empty tensors, in order")
-        if program.inputs and len(batch) != len(program.inputs):
-            raise CalibrationError(
-                f"a calibration batch has {len(batch)} tensors; the model takes "
-                f"{len(program.inputs)}: {', '.join(program.inputs)}"
-            )
-        for got, like in zip(batch, program.example, strict=False):
-            if got.dtype != like.dtype or got.shape[-1] != like.shape[-1]:
-                raise CalibrationError(
-                    f"a calibration tensor is {got.dtype} {list(got.shape)}; the model was traced "
-                    f"with {like.dtype} {list(like.shape)}, whose last axis must agree"
-                )
-    return tuple(batches)
+def _with_data(
+    program: Program, model: nn.Module, recipe: Recipe, calibration: Any, tokenizer: Any,
+    work_dir: str | Path | None,
+) -> Program:  # fmt: skip
+    """The program with calibration batches and a work folder."""
+    with stage("calibration", None):
+        program = calibrated(program, model, recipe, calibration, tokenizer)
+    return replace(program, spill=Spill(None if work_dir is None else Path(work_dir)))

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results_file import write_results
-from lowra.compiler.storage import ROW_SCALES, row_bits
+from lowra.compiler.storage import ROW_SCALES
+from lowra.compiler.stored_bits import row_bits
 from lowra.passes.relaxation import Assignment
 from lowra.passes.solver import solve_knapsack, solve_two_level
 

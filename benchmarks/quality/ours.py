@@ -11,7 +11,7 @@ from torch import nn
 import lowra
 from benchmarks.quality.protocol import Task, sites_of
 from benchmarks.quality.rows import Row
-from lowra.compiler.storage import row_bits
+from lowra.compiler.stored_bits import row_bits
 from lowra.runtime.module_view import quantized_linears
 
 PRESETS = ("default", "lowra")

@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowra.cli.calibration_options import (
+    CalibrationOption,
+    CalibrationTokensOption,
+    ContextOption,
+    SeedOption,
+)
 from lowra.cli.options import (
     CountAdaptersOption,
     Dtype,
@@ -63,17 +69,10 @@ def compile_model(
     count_adapters: CountAdaptersOption = False,
     tune: TuneOption = Tune.none,
     tune_steps: TuneStepsOption = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.txt", help="Text; by default the model writes its own."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How much text; by default as Recipe says.")
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens per calibration window; by default as Recipe says.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = None,
+    context: ContextOption = None,
+    seed: SeedOption = 0,
     work_dir: Annotated[
         Path | None,
         typer.Option(help="Keep statistics and finished layers here; by default in OUT.work."),
@@ -147,7 +146,7 @@ def _compile(
 def _check_output(out: Path, overwrite: bool) -> None:
     """Raise OutputError unless `out` is free, or an earlier checkpoint that may be replaced."""
     from lowra.compiler.errors import OutputError
-    from lowra.runtime.checkpoint import check_free
+    from lowra.runtime.checkpoint_writer import check_free
     from lowra.runtime.manifest import MANIFEST
 
     check_free(out, overwrite)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowra.cli.calibration_options import (
+    CalibrationOption,
+    CalibrationTokensOption,
+    ContextOption,
+    SeedOption,
+)
 from lowra.cli.options import (
     BitsOption,
     CountAdaptersOption,
@@ -26,24 +33,14 @@ from lowra.cli.options import (
     VerboseOption,
     WidthsOption,
     make_recipe,
+    refuse_options,
 )
-from lowra.cli.sources import load_shapes
-from lowra.cli.tables import (
-    bytes_text,
-    group_alike,
-    print_facts,
-    print_skipped,
-    print_table,
-    seconds_text,
-)
-from lowra.cli.tables import shape_text as shape
+from lowra.cli.plan_tables import render_plan
+from lowra.cli.sources import load_shapes, load_source, require_tokenizer
+from lowra.cli.work_folder import work_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
-    from rich.console import Console
-
+    from lowra.recipe import Recipe
     from lowra.workflows.planning import Plan
 
 
@@ -59,6 +56,20 @@ def plan_model(
     include: IncludeOption = None,
     ignore: IgnoreOption = None,
     count_adapters: CountAdaptersOption = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Load the weights and choose the width of every row, as compile does."
+        ),
+    ] = False,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = None,
+    context: ContextOption = None,
+    seed: SeedOption = 0,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep statistics and codebooks here; compile finds them again."),
+    ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
     out: Annotated[
         Path | None,
@@ -71,65 +82,42 @@ def plan_model(
     """Show what compiling would do: sites, sizes, the reachable interval, what is skipped.
 
     Only shapes are read (config.json, or the header of a .gguf file), so a model of any size is
-    planned in seconds. Times, memory and error are estimates.
+    planned in seconds. Times, memory and error are estimates. With --measure the passes that choose
+    widths run, and the loss is what they expect of the weights and the calibration text.
     """
-    import lowra.api
     from lowra.compiler.progress import show_progress
-    from lowra.workflows.plan_file import write_plan
+    from lowra.workflows.plan_file import check_plan_path, write_plan
 
     recipe = make_recipe(
         bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
         include=include, ignore=ignore, count_adapters=count_adapters,
+        calibration_tokens=calibration_tokens, context=context, seed=seed,
     )  # fmt: skip
-    with show_progress():
-        plan = lowra.api.plan(load_shapes(model, dtype), recipe)
+    if not measure:
+        refuse_options(ctx, ("calibration", "work_dir"), "a plan from shapes; add --measure")
+    if out is not None:
+        check_plan_path(out, overwrite)
+    kept = nullcontext() if work_dir is None else work_folder(work_dir, work_dir, ctx.obj.note)
+    with kept as folder, show_progress():
+        ctx.obj.resumable = folder is not None
+        plan = _plan(model, dtype, recipe, measure, calibration, folder)
     data = {"model": model, **plan.to_dict()}
     if out is not None:
-        data["written"] = str(write_plan(plan.to_dict(), out, overwrite))
-    ctx.obj.show(data, lambda console: _render(console, plan))
+        data["written"] = str(write_plan(plan.file_data(), out, overwrite))
+    ctx.obj.show(data, lambda console: render_plan(console, data))
 
 
-def _render(console: Console, plan: Plan) -> None:
-    rows = [
-        (name, shape(site["shape"]), f"{count * site['shape'][0] * site['shape'][1]:,}")
-        for name, site, count in group_alike(plan.sites, "shape")
-    ]
-    print_table(console, "to compress", ("site", "shape>", "weights>"), rows)
-    print_skipped(console, plan.skipped)
-    print_facts(console, _facts(plan))
-    if plan.estimates is not None:
-        _render_estimates(console, plan.estimates)
+def _plan(
+    source: str, dtype: Dtype, recipe: Recipe, measure: bool, calibration: Path | None,
+    folder: Path | None,
+) -> Plan:  # fmt: skip
+    import lowra.api
 
-
-def _render_estimates(console: Console, found: Mapping[str, Any]) -> None:
-    rows = [
-        (stage["name"], seconds_text(stage["seconds"]), bytes_text(stage["peak_bytes"]))
-        for stage in found["stages"]
-    ]
-    rows.append(("all", seconds_text(found["seconds"]), bytes_text(found["peak_bytes"])))
-    print_table(console, "time and memory, estimated", ("stage", "time>", "peak memory>"), rows)
-    error = found["error"]
-    print_facts(
-        console,
-        {
-            "estimated error": f"{error['relative_error']:.3g} of a layer's output energy",
-            "": error["obtained"],
-            "estimated time": found["obtained"],
-        },
+    if not measure:
+        return lowra.api.plan(load_shapes(source, dtype), recipe)
+    dense, tokenizer = load_source(source, dtype)
+    if calibration is not None:
+        require_tokenizer(tokenizer, source)
+    return lowra.api.plan(
+        dense, recipe, measure=True, calibration=calibration, tokenizer=tokenizer, work_dir=folder
     )
-
-
-def _facts(plan: Plan) -> dict[str, str]:
-    counted = plan.recipe["count_adapters"]
-    beside = "at most, within the budget" if counted else "beside it"
-    reachable = f"{plan.lowest_bits:.3f} to {plan.highest_bits:.3f} {plan.counts} per weight"
-    return {
-        "sites": f"{len(plan.sites)}, {plan.weights:,} weights",
-        "budget": f"{plan.bit_budget:g} {plan.counts} per weight",
-        "reachable": reachable,
-        "dense": bytes_text(plan.dense_bytes),
-        "compressed": f"at most {bytes_text(plan.largest_bytes)}",
-        "adapter": f"{bytes_text(plan.adapter_bytes)} {beside}",
-        "checkpoint": f"at most {bytes_text(plan.file_bytes)}, with all that stays as it is",
-        "pipeline": plan.pipeline,
-    }

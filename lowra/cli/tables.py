@@ -115,7 +115,7 @@ def assignment_text(found: Mapping[str, Any] | None) -> str:
         return "unknown"
     text = f"expected loss {found['expected_loss']:.4g} {found['unit']}"
     if found["gap"] is None:
-        return f"{text}, nothing proven (replayed, or ranks chosen too)"
+        return f"{text}, nothing proven (replayed, one width for all, or ranks too)"
     text += f", at most {found['gap']:.1e} of it above the best plan"
     return f"{text}, {found['price_of_a_bit']:.3g} saved by one more bit"
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowra.compiler.errors import CheckpointError
-from lowra.compiler.storage import ROW_SCALES, PackedWeight, row_bits, site_bits
+from lowra.compiler.storage import ROW_SCALES, PackedWeight
+from lowra.compiler.stored_bits import row_bits, site_bits
 
 FACTORS = ("correction_A", "correction_B")
 """Names of the factors' tensors, between the module's name and the role."""

@@ -6,6 +6,8 @@ into tiles of 256; the last tile may be shorter. In a tile of `t` codes of `b` b
 of 3 bits are two planes: the low 2 bits, then the high bit.
 
 Ternary codes: five to a byte, in tiles of 320 columns; see `_pack_ternary`.
+
+Rows are stored by width, widest first; the widths themselves take half a byte each.
 """
 
 from __future__ import annotations
@@ -191,3 +193,28 @@ def _unpack_plane(words: Tensor, bits: int, columns: int) -> Tensor:
         parts.append(((tile >> _shifts(bits, words.device)) & mask).reshape(rows, -1))
         start += count * per_tile
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def panels_of(row_widths: Tensor) -> tuple[tuple[int, int], ...]:
+    """(width id, rows) per panel, widest first, of per-row width ids [n]."""
+    counts = torch.bincount(row_widths.long(), minlength=max(FORMATS) + 1).tolist()
+    return tuple((id, counts[id]) for id in FORMATS if counts[id])
+
+
+def row_order(row_widths: Tensor) -> Tensor:
+    """int32 [n]: the original index of each stored row (widest first, else in order)."""
+    place = torch.zeros(max(FORMATS) + 1, dtype=torch.int64, device=row_widths.device)
+    place[list(FORMATS)] = torch.arange(len(FORMATS), device=row_widths.device)
+    return torch.argsort(place[row_widths.long()], stable=True).to(torch.int32)
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """uint8 [n] below 16 into uint8 [ceil(n / 2)], the even index in the low half."""
+    padded = torch.zeros(2 * (-(-values.numel() // 2)), dtype=torch.uint8, device=values.device)
+    padded[: values.numel()] = values
+    return padded[0::2] | (padded[1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    """The inverse of `pack_nibbles` for `count` values."""
+    return torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1)[:count].contiguous()

@@ -1,6 +1,7 @@
-"""PackedWeight: how one compressed weight is stored, and the exact count of its bits.
+"""PackedWeight: how one compressed weight is stored.
 
-docs/storage-format.md is the specification; this file is its only implementation.
+docs/storage-format.md is the specification; this file, packing.py and
+stored_tables.py are its only implementation.
 """
 
 from __future__ import annotations
@@ -12,30 +13,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowra.compiler.compact import (
-    PLAIN,
-    Compact,
-    decode_levels,
-    decode_scales,
-    encode_levels,
-    encode_scales,
-    span_of,
-)
+from lowra.compiler.compact import PLAIN, Compact, encode_levels, encode_scales, span_of
 from lowra.compiler.errors import CheckpointError
 from lowra.compiler.packing import (
     FORMATS,
     levels_of,
+    pack_nibbles,
     pack_rows,
+    panels_of,
+    row_order,
     row_words,
-    width_id,
+    unpack_nibbles,
     width_of,
 )
 from lowra.compiler.rotation import Rotation
+from lowra.compiler.stored_tables import decoded_codebooks, decoded_scales
 
 NO_SCALES = 0
 ROW_SCALES = -1
-ROW_WIDTH_BITS = 4
-"""Bits that a row spends on naming its own width."""
 
 UNROTATED = Rotation()
 
@@ -49,45 +44,6 @@ def scale_groups(k: int, group: int) -> int:
     if group == NO_SCALES:
         return 0
     return 1 if group == ROW_SCALES else -(-k // group)
-
-
-def row_bits(k: int, width: float, group: int, shared: bool, compact: Compact = PLAIN) -> int:
-    """Stored bits of one row of `width`: codes with padding, scales, own codebook, width tag."""
-    id = width_id(width)
-    codebook = 0 if shared else _table_bits(width, compact)
-    scales = compact.scale_bits * scale_groups(k, group)
-    tops = 16 if compact.scale_bits < 16 and group > 0 else 0
-    return 32 * row_words(k, id) + scales + tops + codebook + ROW_WIDTH_BITS
-
-
-def _table_bits(width: float, compact: Compact) -> int:
-    top = 0 if compact.codebook_bits == 16 else 16
-    return compact.codebook_bits * levels_of(width_id(width)) + top
-
-
-def site_bits(
-    n: int, widths: tuple[float, ...], shared: bool,
-    compact: Compact = PLAIN, group: int = NO_SCALES, k: int = 1,
-) -> int:  # fmt: skip
-    """Bits beside the rows: shared codebooks of `widths`, the reach of compact row scales, and the
-    half-empty bytes of an odd count of widths and of 4-bit scales."""
-    bits = sum(_table_bits(width, compact) for width in widths) if shared else 0
-    bits += ROW_WIDTH_BITS * (n % 2)
-    bits += 32 if compact.scale_bits < 16 and group == ROW_SCALES else 0
-    return bits + (4 * (n * scale_groups(k, group) % 2) if compact.scale_bits == 4 else 0)
-
-
-def panels_of(row_widths: Tensor) -> tuple[tuple[int, int], ...]:
-    """(width id, rows) per panel, widest first, of per-row width ids [n]."""
-    counts = torch.bincount(row_widths.long(), minlength=max(FORMATS) + 1).tolist()
-    return tuple((id, counts[id]) for id in FORMATS if counts[id])
-
-
-def row_order(row_widths: Tensor) -> Tensor:
-    """int32 [n]: the original index of each stored row (widest first, else in order)."""
-    place = torch.zeros(max(FORMATS) + 1, dtype=torch.int64, device=row_widths.device)
-    place[list(FORMATS)] = torch.arange(len(FORMATS), device=row_widths.device)
-    return torch.argsort(place[row_widths.long()], stable=True).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -229,18 +185,6 @@ class PackedWeight:
         return torch.ops.lowra.dequantize(*self.op_args(), dtype)
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """uint8 [n] below 16 into uint8 [ceil(n / 2)], the even index in the low half."""
-    padded = torch.zeros(2 * (-(-values.numel() // 2)), dtype=torch.uint8, device=values.device)
-    padded[: values.numel()] = values
-    return padded[0::2] | (padded[1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """The inverse of `pack_nibbles` for `count` values."""
-    return torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1)[:count].contiguous()
-
-
 def from_tensors(
     stored: Mapping[str, Tensor], n: int, k: int, group: int, rotation: Rotation
 ) -> PackedWeight:
@@ -255,56 +199,14 @@ def from_tensors(
     if not bool(torch.isin(widths, torch.tensor([*FORMATS], dtype=torch.uint8)).all()):
         raise CheckpointError(f"a row width's id of [{n}, {k}] is not one of {sorted(FORMATS)}")
     try:
-        codebooks = _decoded_codebooks(stored, widths)
-        scales = _decoded_scales(stored, n, scale_groups(k, group), group == ROW_SCALES)
+        codebooks = decoded_codebooks(stored, widths)
+        scales = decoded_scales(stored, n, scale_groups(k, group), group == ROW_SCALES)
     except CheckpointError as error:
         raise CheckpointError(f"packed weight [{n}, {k}]: {error}") from error
     roles = [*(("codebooks", "codebook_tops") if "codebook_tops" in stored else ())]
     roles += [*(("scales", "scale_reach") if "scale_reach" in stored else ())]
     encoded = {role: stored[role] for role in roles}
     return PackedWeight(n, k, widths, stored["codes"], codebooks, scales, group, rotation, encoded)
-
-
-def _decoded_codebooks(stored: Mapping[str, Tensor], row_widths: Tensor) -> Tensor:
-    values, tops = stored["codebooks"], stored.get("codebook_tops")
-    if tops is None:
-        return values
-    _check_reach("codebook_tops", tops)
-    panels = panels_of(row_widths)
-    for tables in ([1] * len(panels), [rows for _, rows in panels]):
-        sizes = [levels_of(id) for (id, _), count in zip(panels, tables, strict=True)
-                 for _ in range(count)]  # fmt: skip
-        if values.numel() == sum(sizes) and tops.numel() == len(sizes):
-            if values.dtype != torch.int8:
-                raise CheckpointError(f"codebooks with tops are {values.dtype}, not int8")
-            spread = torch.tensor(sizes, device=tops.device)
-            return decode_levels(values, tops.repeat_interleave(spread))
-    raise CheckpointError(f"{values.numel()} codebook values do not fit {tops.numel()} tops")
-
-
-def _decoded_scales(
-    stored: Mapping[str, Tensor], n: int, groups: int, per_row: bool
-) -> Tensor | None:
-    codes, reach = stored.get("scales"), stored.get("scale_reach")
-    if codes is None or reach is None:
-        return codes
-    _check_reach("scale_reach", reach)
-    count = n * groups
-    if codes.dtype != torch.uint8 or codes.dim() != 1 or not count:
-        raise CheckpointError(f"scales with a reach are {codes.dtype}, not flat uint8")
-    if codes.numel() not in (count, -(-count // 2)) or reach.numel() != (2 if per_row else n):
-        raise CheckpointError(f"{codes.numel()} scale codes, {reach.numel()} reaches: not {count}")
-    if per_row and not 0 < float(reach[0]) <= float(reach[1]):
-        raise CheckpointError(f"scales reach from {float(reach[0])} to {float(reach[1])}")
-    bits = 8 if codes.numel() == count else 4
-    values = codes if bits == 8 else unpack_nibbles(codes, count)
-    return decode_scales(values.view(n, groups), bits, reach, per_row).reshape(-1)
-
-
-def _check_reach(role: str, values: Tensor) -> None:
-    good = values.dtype == torch.float16 and values.dim() == 1
-    if not good or not bool((torch.isfinite(values) & (values >= 0)).all()):
-        raise CheckpointError(f"{role} are not flat, finite float16 of 0 or more")
 
 
 def encode_tables(

@@ -17,7 +17,7 @@ from lowra.compiler.packing import TERNARY, width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.progress import stage
-from lowra.compiler.storage import row_bits, site_bits
+from lowra.compiler.stored_bits import row_bits, site_bits
 from lowra.passes.pins import Pin, bill_of_pins, parse_pins, pinned_widths
 from lowra.passes.relaxation import Assignment, Floats, Ints, Rows
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowra.compiler.correction import correction_bits
 from lowra.compiler.facts import AdapterRank, Codebooks, Precision
 from lowra.compiler.program import Program, Site
-from lowra.compiler.storage import row_bits, site_bits
+from lowra.compiler.stored_bits import row_bits, site_bits
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from torch.nn import functional
 
 from lowra.compiler.correction import Correction
 from lowra.compiler.ops import linear
-from lowra.compiler.storage import (
-    PackedWeight,
-    encode_tables,
-    from_tensors,
-    panels_of,
-    row_order,
-    unpack_nibbles,
-)
+from lowra.compiler.packing import panels_of, row_order, unpack_nibbles
+from lowra.compiler.storage import PackedWeight, encode_tables, from_tensors
+
+
+def is_lora(name: str) -> bool:
+    """True for the name of a LoRA factor in a state dict."""
+    return name.endswith((".lora_A", ".lora_B"))
 
 
 class QuantizedModule(nn.Module):

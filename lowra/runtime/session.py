@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowra.compiler.capture import capture
 from lowra.compiler.errors import CaptureError
 from lowra.compiler.program import Program
-from lowra.runtime.checkpoint import load_checkpoint
+from lowra.runtime.checkpoint_reader import load_checkpoint
 from lowra.runtime.compiled import compiled
 
 

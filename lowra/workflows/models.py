@@ -113,7 +113,7 @@ def _load_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any | None]
     config = read_config(path)
     if (config.get("quantization_config") or {}).get("quant_method") != "lowra":
         return _load_pretrained(str(path), dtype)
-    from lowra.runtime.checkpoint import load_checkpoint
+    from lowra.runtime.checkpoint_reader import load_checkpoint
 
     return load_checkpoint(path), _load_tokenizer(str(path))
 

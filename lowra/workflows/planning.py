@@ -1,19 +1,23 @@
-"""plan: sizes and the reachable interval, from shapes alone, before any long work."""
+"""plan: sizes and the reachable interval, from shapes alone; widths and loss where measured."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from lowra.compiler.correction import correction_bits
+from lowra.compiler.correction import Correction, correction_bits
+from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError
-from lowra.compiler.facts import AdapterRank, Packed, Precision
+from lowra.compiler.facts import AdapterRank, Assigned, Packed, Precision, Statistics
 from lowra.compiler.program import Program, Site, select
-from lowra.compiler.storage import row_bits, site_bits
+from lowra.compiler.rotation import Rotation
+from lowra.compiler.stored_bits import row_bits, site_bits
 from lowra.passes.pins import Pin, bill_of_pins, pinned_widths
+from lowra.passes.plan_bits import Counted, plan_bits
 from lowra.recipe import Recipe
 from lowra.workflows.plan_estimates import expected_error, stage_estimates
 from lowra.workflows.plan_file import encode_widths
@@ -25,10 +29,12 @@ class Plan:
     """What a compile would do, or did. As a file it can be replayed (docs/guide-plans.md).
 
     Bits are per weight over all sites; sizes are bytes. `lowest_bits` to `highest_bits` is the
-    interval that budgets can reach. `sites` and `skipped` are tables of plain data; after a
-    compile each site carries its rows, `row_widths` and `rank`. `file_bytes`: the checkpoint, with
-    what is not compressed. `estimates`: relative output error, seconds and memory per stage, from
-    shapes alone, before a compile. `assignment`: expected loss and proven bound, after it.
+    interval that budgets can reach. `sites` and `skipped` are tables of plain data; once widths
+    are chosen each site carries its rows, `row_widths` and `rank`, and before a compile its
+    `expected_loss`. `file_bytes`: the checkpoint, with what is not compressed. `estimates`:
+    relative output error, seconds and memory per stage, from shapes alone, before a compile.
+    `assignment`: expected loss and proven bound, where widths were chosen. `measured`: what the
+    passes that choose them found, and their seconds, where they ran without a compile.
     `fingerprint` is that of the weights, or empty where only their shapes were read.
     """
 
@@ -48,24 +54,39 @@ class Plan:
     fingerprint: str
     estimates: dict[str, Any] | None
     assignment: dict[str, Any] | None
+    measured: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return asdict(self)
 
+    def file_data(self) -> dict[str, Any]:
+        """Plain data for a plan file: without seconds, so that equal plans are equal bytes."""
+        data = self.to_dict()
+        if data["measured"] is not None:
+            del data["measured"]["seconds"]
+        return data
 
-def make_plan(program: Program, recipe: Recipe, uncompressed_bytes: int = 0) -> Plan:
+
+def make_plan(
+    program: Program,
+    recipe: Recipe,
+    uncompressed_bytes: int = 0,
+    seconds: Mapping[str, float] | None = None,
+) -> Plan:
     """The plan of a normalised program; with Packed facts, the sites carry what came out.
 
-    uncompressed_bytes: what the model's tensors that are no sites take.
+    uncompressed_bytes: what the model's tensors that are no sites take. seconds: of the stages that
+    chose widths, where no compile follows; the program has Precision facts then.
     """
     weights = sum(site.weights for site in program.sites)
     low, high = reachable(program, recipe)
     adapter = sum(2 * _rank(program, recipe, s) * (s.n + s.k) for s in program.sites)
     largest = math.floor(min(recipe.bit_budget, high) * weights / 8)
-    packed = [found.weight for s in program.sites if (found := program.find(s.name, Packed))]
-    stored = sum(weight.stored_bits() for weight in packed) // 8 if packed else largest
-    beside = 0 if recipe.count_adapters and not packed else adapter  # else within `largest`
+    packed = any(program.find(site.name, Packed) for site in program.sites)
+    measured = None if seconds is None else _measured(program, recipe, seconds)
+    stored = measured["stored_bytes"] if measured else _packed_bytes(program)
+    within = recipe.count_adapters and stored is None  # the adapter then is part of `largest`
     return Plan(
         bit_budget=float(recipe.bit_budget),
         counts="code bits" if recipe.is_paper else "stored bits",
@@ -75,7 +96,9 @@ def make_plan(program: Program, recipe: Recipe, uncompressed_bytes: int = 0) -> 
         dense_bytes=sum(site.weights * site.dtype.itemsize for site in program.sites),
         largest_bytes=largest,
         adapter_bytes=adapter,
-        file_bytes=stored + beside + uncompressed_bytes,
+        file_bytes=(largest if stored is None else stored)
+        + (0 if within else adapter)
+        + uncompressed_bytes,
         sites=tuple(_site_row(program, site) for site in program.sites),
         skipped=tuple(asdict(skipped) for skipped in program.skipped),
         pipeline=" ".join(map(str, recipe.passes())),
@@ -83,6 +106,7 @@ def make_plan(program: Program, recipe: Recipe, uncompressed_bytes: int = 0) -> 
         fingerprint=program.fingerprint,
         estimates=None if packed else _estimates(program, recipe, uncompressed_bytes),
         assignment=assignment_of(program),
+        measured=measured,
     )
 
 
@@ -91,6 +115,39 @@ def kept_bytes(model: nn.Module, program: Program) -> int:
     packed = {site.weight for site in program.sites}
     kept = (p for name, p in model.named_parameters() if name not in packed)
     return sum(p.numel() * p.element_size() for p in kept)
+
+
+def _packed_bytes(program: Program) -> int | None:
+    """What the weights are stored in, corrections with them; None before they are packed."""
+    packed = [found.weight for s in program.sites if (found := program.find(s.name, Packed))]
+    if not packed:
+        return None
+    beside = [found for s in program.sites if (found := program.find(s.name, Correction))]
+    return sum(stored.stored_bits() for stored in (*packed, *beside)) // 8
+
+
+def _measured(program: Program, recipe: Recipe, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What the passes up to the choice of widths found: the exact bits of the plan, without LoRA,
+    rows per width, inputs that are rotated."""
+    weights = sum(site.weights for site in program.sites)
+    plan = {site.name: program.fact(site.name, Precision) for site in program.sites}
+    bits = plan_bits(program, plan, Counted(0, recipe.correction_rank, recipe.correction_bits))
+    ranks = {s: found.rank for s in program.sites if (found := program.find(s.name, AdapterRank))}
+    bits -= sum(16 * rank * (site.n + site.k) for site, rank in ranks.items())
+    rows: dict[float, int] = {}
+    for precision in plan.values():
+        for width, count in precision.histogram().items():
+            rows[width] = rows.get(width, 0) + count
+    inputs = [program.fact(group[0].name, Rotation) for group in siblings(program)]
+    return {
+        "stored_bits": bits / weights,
+        "stored_bytes": bits // 8,
+        "rows": {str(width): rows[width] for width in sorted(rows)},
+        "inputs": len(inputs),
+        "rotated_inputs": sum(rotation.active for rotation in inputs),
+        "calibration_tokens": max(program.fact(s.name, Statistics).tokens for s in program.sites),
+        "seconds": dict(seconds),
+    }
 
 
 def _estimates(program: Program, recipe: Recipe, uncompressed_bytes: int) -> dict[str, Any]:
@@ -118,6 +175,10 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
         row["rows"] = {str(width): rows for width, rows in packed.weight.rows.items()}
     if precision := program.find(site.name, Precision):
         row["row_widths"] = encode_widths(precision.row_widths)
+        row.setdefault("rows", {str(b): rows for b, rows in precision.histogram().items()})
+    assigned = program.find(site.name, Assigned)
+    if assigned is not None and not packed:
+        row["expected_loss"] = assigned.loss
     if chosen := program.find(site.name, AdapterRank):
         row["rank"] = chosen.rank
     return row

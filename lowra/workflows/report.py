@@ -56,9 +56,10 @@ def make_report(program: Program, stages: Mapping[str, float], seconds: float) -
 def assignment_of(program: Program) -> dict[str, Any] | None:
     """The expected loss of the plan, the proven bound on every other plan, and the price of a bit.
 
-    `unit` says what a loss is. bound, gap and price are None where widths were replayed, or
-    ranks chosen with them. uniform: the comparison with one width for all rows on held-out tokens,
-    None where nothing was compared. None for a program without an assignment.
+    `unit` says what a loss is. bound, gap and price are None where widths were replayed, one
+    width for all rows was better, or ranks were chosen too. uniform: the comparison with one width
+    for all rows on held-out tokens, None where nothing was compared. None for a program without an
+    assignment.
     """
     found = [a for s in program.sites if (a := program.find(s.name, Assigned)) is not None]
     if not found:

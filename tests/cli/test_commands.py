@@ -10,9 +10,10 @@ import torch
 
 from lowra.cli.options import Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output
+from lowra.cli.plan_tables import comparison_text
 from lowra.cli.tables import bytes_text, group_alike
 from lowra.recipe import PRESETS, TUNES, UNITS
-from lowra.runtime.checkpoint import DTYPES
+from lowra.runtime.checkpoint_reader import DTYPES
 from tests.cli.conftest import QUICK
 
 
@@ -207,6 +208,15 @@ def test_rows_that_differ_in_layer_numbers_only_are_one():
     ]
 
 
+def test_the_comparison_with_one_width_in_words():
+    assert comparison_text(None) == "not compared"
+    kept = [
+        comparison_text({"width": 1.6, "mixed": mixed, "uniform": 0.5}).partition(": ")[2]
+        for mixed in (0.25, 0.5, 0.75)
+    ]
+    assert kept == ["kept the mixed plan"] * 2 + ["kept one width for all rows"]
+
+
 def test_bytes_in_words():
     assert [bytes_text(n) for n in (12, 1234, 5_600_000)] == ["12 bytes", "1.2 kB", "5.6 MB"]
 
@@ -240,3 +250,33 @@ def test_compile_replays_a_plan(lowra, dense, tmp_path, no_graph):
     assert other.exit_code == 2 and "weights do not" in other.stderr
     assert "--bits" in lowra("compile", dense, tmp_path / "x").stderr
     assert lowra("compile", dense, tmp_path / "x", *words).exit_code == 7
+
+
+def test_a_measured_plan_is_replayed_to_the_bytes_of_a_compile(lowra, dense, compiled, tmp_path):
+    plan, work = tmp_path / "plan.json", tmp_path / "work"
+    data = lowra.json("plan", dense, *QUICK, "--measure", "--out", plan, "--work-dir", work)
+    assert data["written"] == str(plan)
+    assert data["assignment"] == compiled[1]["assignment"]
+    assert data["measured"]["seconds"]["assign-precision"] >= 0
+    assert any(work.iterdir())
+    again = tmp_path / "again"
+    lowra.json("compile", dense, again, "--plan", plan, "--dtype", "float32", "--work-dir", work)
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (compiled[0] / name).read_bytes()
+
+
+def test_a_measured_plan_in_words(lowra, dense, tmp_path, no_graph):
+    text = tmp_path / "text.txt"
+    text.write_text("A text to plan with. " * 20, encoding="utf-8")
+    done = lowra("plan", dense, *QUICK, "--measure", "--calibration", text, "--seed", 1)
+    assert done.exit_code == 0, done.output
+    for word in ("expected loss", "saved by one more bit", "measured", "against one width",
+                 "model.layers.1.mlp.down_proj", "128 tok", "quantize-weights"):  # fmt: skip
+        assert word in done.stdout
+    assert "Gaussian" not in done.stdout
+    for option, value in (("--calibration", text), ("--work-dir", tmp_path / "work")):
+        clash = lowra("plan", dense, *QUICK, option, value)
+        assert clash.exit_code == 2 and option in clash.stderr and "--measure" in clash.stderr
+    (tmp_path / "plan.json").write_text("mine")
+    kept = lowra("plan", dense, *QUICK, "--measure", "--out", tmp_path / "plan.json")
+    assert kept.exit_code == 7 and (tmp_path / "plan.json").read_text() == "mine"

@@ -19,8 +19,9 @@ from lowra.compiler.compact import (
     span_of,
 )
 from lowra.compiler.errors import CheckpointError
+from lowra.compiler.packing import unpack_nibbles
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import from_tensors, unpack_nibbles
+from lowra.compiler.storage import from_tensors
 from tests.compiler.packed_weights import Case, packed_with_dense
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True)

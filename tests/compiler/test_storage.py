@@ -12,19 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowra.compiler.errors import CheckpointError
-from lowra.compiler.packing import width_of
+from lowra.compiler.packing import pack_nibbles, panels_of, row_order, unpack_nibbles, width_of
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.storage import (
-    PackedWeight,
-    from_tensors,
-    pack_nibbles,
-    panels_of,
-    row_bits,
-    row_order,
-    scale_groups,
-    site_bits,
-    unpack_nibbles,
-)
+from lowra.compiler.storage import PackedWeight, from_tensors, scale_groups
+from lowra.compiler.stored_bits import row_bits, site_bits
 from tests.compiler.packed_weights import Case, cases, packed_with_dense
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)

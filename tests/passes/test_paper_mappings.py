@@ -15,11 +15,13 @@ from lowra.passes.fit_codebooks import paper_codebooks
 from lowra.passes.initialize_adapters import closed_form
 from lowra.passes.paper_mappings import block_absmax, learn_mapping, start_mapping
 from lowra.passes.quantizer import quantize
+from lowra.recipe import Recipe
 from tests.passes.site_programs import CyclicWidths, site_program
 
 # Blocks of 4 with absmax 2 and 4, which are also the weights of the samples:
 #   x = .5 -1 .25 1 | 1 -.25 .5 -1      weights 2 2 2 2 | 4 4 4 4
 ROW = torch.tensor([[1.0, -2.0, 0.5, 2.0, 4.0, -1.0, 2.0, -4.0]])
+PAPER_PASSES = ["fit-codebooks", "assign-precision", "quantize-weights", "initialize-adapters"]
 FLAT = torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0]])
 
 
@@ -59,6 +61,16 @@ def test_two_iterations_at_two_bits() -> None:
     mapping = learn_mapping(*normalized(ROW), 2, "none")
     close(mapping.levels[0], [-1.0, -0.25, 0.4375, 1.0])
     close(mapping.thresholds[0], [-0.625, 0.09375, 0.71875])
+
+
+def test_the_second_iteration_moves_what_the_first_brought_across() -> None:
+    """x = -.2 .1 .3 1 1. First: -.2 | (.1 + .3 + 2) / 4 = .6, threshold .2, which .1 is below.
+    Second: -.1 / 2 = -.05 | 2.3 / 3, threshold .3583, which .3 is below. A third would move it."""
+    values = torch.tensor([[-0.2, 0.1, 0.3, 1.0, 1.0]]), torch.ones(1, 5)
+    close(learn_mapping(*values, 1, "none", iterations=1).levels[0], [-0.2, 0.6])
+    close(learn_mapping(*values, 1, "none").levels[0], [-0.05, 2.3 / 3])
+    close(learn_mapping(*values, 1, "none").thresholds[0], [(-0.05 + 2.3 / 3) / 2])
+    close(learn_mapping(*values, 1, "none", iterations=3).levels[0], [0.2 / 3, 1.0])
 
 
 def test_thresholds_averaged_over_iterations() -> None:
@@ -109,6 +121,29 @@ def test_a_value_on_a_threshold_goes_below_it() -> None:
         torch.tensor([[0.25, 0.26]]), torch.tensor([[0.0, 1.0]]), None, 0, torch.tensor([[0.25]])
     )
     assert codes.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("reading", "base"), [("kept", 4 * 0.75**5), ("relearned", 3.0)], ids=["kept", "relearned"]
+)
+def test_loftq_alternates_five_times_and_quantizes_first(reading: str, base: float) -> None:
+    """W = (4, 2): absmax 4, x = (1, .5), upper level .75: Q1 = (3, 3). A row's residual has rank 1,
+    so B1 A1 = W - Q1 and what is quantized next is Q1 itself, all of one value v: absmax v.
+
+    kept: level .75 still, so Q2 = .75 v, and Q5 = 4 x .75^5. relearned: level 1, so Q5 = Q1.
+    """
+    recipe = Recipe(bit_budget=1, preset="lowra", widths=(1,), group=2, rank=1,
+                    loftq_mappings=reading)  # fmt: skip
+    program = site_program({"a": torch.tensor([[4.0, 2.0], [8.0, 4.0]])})
+    steps = [step for step in recipe.passes() if step.name in PAPER_PASSES]
+    assert [step.name for step in steps] == PAPER_PASSES
+    done = run_pipeline(program, steps)
+    adapter = done.fact("a", Adapter)
+    product = adapter.scaling * adapter.lora_b @ adapter.lora_a
+    got = done.fact("a", Packed).weight.dequantize()
+    torch.testing.assert_close(got, torch.tensor([[base] * 2, [2 * base] * 2]), rtol=0, atol=1e-6)
+    left = [4 - base, 2 - base]
+    torch.testing.assert_close(product, torch.tensor([left, [2 * x for x in left]]))
 
 
 @pytest.mark.parametrize("relearn", [False, True], ids=["kept", "relearned"])

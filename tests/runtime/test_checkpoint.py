@@ -388,7 +388,7 @@ def full_disk_in_safetensors(*_args: Any, **_kwargs: Any) -> None:
     [
         ("safetensors.torch.save_file", full_disk),
         ("safetensors.torch.save_file", full_disk_in_safetensors),
-        ("lowra.runtime.checkpoint._write_json", full_disk),
+        ("lowra.runtime.checkpoint_writer._write_json", full_disk),
         ("pathlib.Path.rename", full_disk),
     ],
     ids=["tensors", "tensors-in-rust", "manifest", "rename"],
@@ -407,7 +407,7 @@ def test_a_full_disk_keeps_the_folder_that_was_to_be_replaced(
 ) -> None:
     target = lowra.save(compiled_stack().compiled, tmp_path / "out")
     before = hashes(target)
-    monkeypatch.setattr("lowra.runtime.checkpoint._write_json", full_disk)
+    monkeypatch.setattr("lowra.runtime.checkpoint_writer._write_json", full_disk)
     with pytest.raises(OutputError):
         lowra.save(compiled_stack().compiled, target, overwrite=True)
     assert hashes(target) == before
@@ -420,7 +420,7 @@ def test_an_interrupted_save_leaves_nothing_behind(
     def interrupted(*_args: Any, **_kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowra.runtime.checkpoint._write_json", interrupted)
+    monkeypatch.setattr("lowra.runtime.checkpoint_writer._write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lowra.save(compiled_stack().compiled, tmp_path / "out")
     assert not list(tmp_path.iterdir())

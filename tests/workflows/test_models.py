@@ -69,9 +69,9 @@ def test_bf16_is_the_default(tmp_path):
 
 
 def test_a_lowra_checkpoint_goes_to_the_runtime(tmp_path, monkeypatch):
-    runtime = types.ModuleType("lowra.runtime.checkpoint")
+    runtime = types.ModuleType("lowra.runtime.checkpoint_reader")
     runtime.load_checkpoint = lambda path: ("loaded", path)
-    monkeypatch.setitem(sys.modules, "lowra.runtime.checkpoint", runtime)
+    monkeypatch.setitem(sys.modules, "lowra.runtime.checkpoint_reader", runtime)
     config = {"model_type": "llama", "quantization_config": {"quant_method": "lowra"}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model, tokenizer = load_model(tmp_path)

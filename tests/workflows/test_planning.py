@@ -59,7 +59,7 @@ def test_plan_and_refusals_run_no_model(monkeypatch: pytest.MonkeyPatch) -> None
         raise AssertionError("long work has begun")
 
     monkeypatch.setattr("lowra.passes.collect_statistics.CollectStatistics.run", forbidden)
-    monkeypatch.setattr("lowra.api.generate_calibration", forbidden)
+    monkeypatch.setattr("lowra.workflows.calibration_batches.generate_calibration", forbidden)
     assert plan_of().bit_budget == 3.5
     with pytest.raises(BudgetError):
         compile_stack(bit_budget=0.5)
