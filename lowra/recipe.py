@@ -7,50 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowra.compiler.compact import CODEBOOK_BITS, SCALE_BITS, Compact
+from lowra.compiler.compact import Compact
 from lowra.compiler.errors import RecipeError, nearest
-from lowra.compiler.packing import TERNARY, WIDTHS
+from lowra.compiler.packing import TERNARY
 from lowra.compiler.pipeline import Pass
-from lowra.passes import (
-    AssignPrecision,
-    CollectStatistics,
-    CompareUniform,
-    CorrectWeights,
-    FitCodebooks,
-    InitializeAdapters,
-    MeasureSensitivity,
-    NormalizeLinears,
-    QuantizeWeights,
-    ReplayPrecision,
-    RewriteLinears,
-    RotateInputs,
-    TuneAdapters,
-    TuneBlocks,
-    TuneModel,
-)
-from lowra.passes.correct_weights import CORRECTION_BITS
-from lowra.passes.paper_mappings import AVERAGES
-from lowra.recipe_checks import check_budget, check_choice, check_whole, is_positive, patterns
+from lowra.passes import AssignPrecision, TuneBlocks, TuneModel
+from lowra.recipe_checks import RANKS, check_together, check_values, patterns
+from lowra.recipe_pipeline import assignment_of, passes_of
 
-PRESETS = ("default", "lowra")
-RANKS = (0, 4, 8, 16, 32)
-"""LoRA ranks that rank="auto" chooses from."""
-
-UNITS = ("row", "layer", "siblings")
-INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
-MAPPINGS = ("kept", "relearned")
 PREFIX = 0.3
 """Share of the quantized prefix's error that a site makes up for (decision 10)."""
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
-TUNES = ("none", "blocks", "full")
-GUIDED = (0, 1, 2, 4)
-"""Groups of rows that each have a metric of their own."""
-STATISTICS = ("full", "diagonal")
-SIZES = (
-    "calibration_tokens", "context", "tune_steps", "tune_model_steps", "tune_batch_tokens",
-)  # fmt: skip
-"""Fields that are whole numbers of one or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,118 +98,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_budget(self.bit_budget)
-        check_choice("preset", self.preset, PRESETS)
-        check_choice("unit", self.unit, UNITS)
-        for name, choices in (
-            ("init", INITS), ("threshold_average", AVERAGES), ("loftq_mappings", MAPPINGS),
-        ):  # fmt: skip
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), choices)
-        check_choice("tune", self.tune, TUNES)
-        check_choice("statistics", self.statistics, STATISTICS)
-        self._check_auto_rank()
-        for name in ("rank", "correction_rank", "seed", *SIZES):
-            if (name, self.rank) != ("rank", "auto"):
-                check_whole(name, getattr(self, name), 1 if name in SIZES else 0)
-        for name in ("include", "ignore"):
-            object.__setattr__(self, name, patterns(name, getattr(self, name)))
-        self._check_types()
-        self._check_widths()
-        self._check_layout()
-        self._check_tuning()
-        self._check_guided()
-        bits = self.correction_bits
-        if type(bits) is not int or bits not in CORRECTION_BITS:
-            raise RecipeError(f"correction_bits={bits!r} must be 4 or 8")
-
-    def _check_auto_rank(self) -> None:
-        if isinstance(self.rank, str) and self.rank != "auto":
-            raise RecipeError(f"rank={self.rank!r} must be a whole number of 0 or more, or 'auto'")
-        if self.rank == "auto":
-            object.__setattr__(self, "count_adapters", True)
-
-    def _check_types(self) -> None:
-        for name in ("rotation", "shared_codebooks", "count_adapters"):
-            if not isinstance(getattr(self, name), (bool, type(None))):
-                raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.alpha is not None and not is_positive(self.alpha):
-            raise RecipeError(f"alpha={self.alpha!r} must be a positive number")
-        if isinstance(self.seed, int) and self.seed >= 1 << 63:
-            raise RecipeError(f"seed={self.seed} must be below 2^63")
-        if self.widths is not None and not isinstance(self.widths, (tuple, list)):
-            raise RecipeError(f"widths={self.widths!r} must be a tuple such as (1, 1.6, 2, 3, 4)")
-        if not isinstance(self.pins, Mapping):
-            raise RecipeError(f"pins={self.pins!r} must map patterns to widths")
-        if not all(isinstance(pattern, str) for pattern in self.pins):
-            raise RecipeError(f"pins={self.pins!r}: a pattern is not a string")
-
-    def _check_widths(self) -> None:
-        for width in (*(self.widths or ()), *self.pins.values()):
-            if (type(width), width) not in [(type(legal), legal) for legal in WIDTHS]:
-                raise RecipeError(f"width {width!r} is not one of {', '.join(map(str, WIDTHS))}")
-        if self.widths is None:
-            return
-        object.__setattr__(self, "widths", tuple(sorted(set(self.widths))))
-        if not self.widths:
-            raise RecipeError("widths is empty; name at least one")
-
-    def _check_layout(self) -> None:
-        if self.group is not None and (type(self.group) is not int or self.group < -1):
-            raise RecipeError(f"group={self.group!r} must be -1 (per row), 0 (none) or positive")
-        for name, legal in (("scale_bits", SCALE_BITS), ("codebook_bits", CODEBOOK_BITS)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value not in legal):
-                raise RecipeError(f"{name}={value!r} is not one of {', '.join(map(str, legal))}")
-        if self.shared_codebooks and self.group == 0:
-            raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
-        fixed = {
-            "unit": self.unit != "row", "pins": bool(self.pins), "group": self.group == 0,
-            "shared_codebooks": self.shared_codebooks, "count_adapters": self.count_adapters,
-            "correction_rank": self.correction_rank > 0, "tune": self.tune != "none",
-            "guided": self.guided != 0, "statistics": self.statistics != "full",
-            "widths": TERNARY in (self.widths or ()),
-            "scale_bits": self.scale_bits not in (None, 16),
-            "codebook_bits": self.codebook_bits not in (None, 16),
-        }  # fmt: skip
-        for name in ("threshold_average", "loftq_mappings"):
-            if not self.is_paper and getattr(self, name) is not None:
-                raise RecipeError(f"{name}={getattr(self, name)!r} needs preset='lowra'")
-        changed = [name for name, differs in fixed.items() if differs]
-        if self.is_paper and changed:
-            raise RecipeError(
-                f"{changed[0]}={getattr(self, changed[0])!r} is not part of preset 'lowra', "
-                "which is the paper to the letter; use preset 'default'"
-            )
-
-    def _check_tuning(self) -> None:
-        for name, quantizes in self._quantizing_anew().items():
-            if quantizes and self.tune != "none":
-                raise RecipeError(
-                    f"{name}={getattr(self, name)!r} quantizes anew what tune={self.tune!r} has "
-                    "tuned; leave one of them out"
-                )
-
-    def _check_guided(self) -> None:
-        if type(self.guided) is not int or self.guided not in GUIDED:
-            raise RecipeError(f"guided={self.guided!r} is not one of {', '.join(map(str, GUIDED))}")
-        if not self.guided:
-            return
-        if self.statistics != "full":
-            raise RecipeError(f"guided={self.guided} needs statistics='full'")
-        for name, quantizes in self._quantizing_anew().items():
-            if quantizes:
-                raise RecipeError(
-                    f"{name}={getattr(self, name)!r} quantizes anew, in the plain metric, what "
-                    f"guided={self.guided} has quantized; leave one of them out"
-                )
-
-    def _quantizing_anew(self) -> dict[str, bool]:
-        """Options, and whether they quantize what quantize-weights has quantized already."""
-        return {
-            "correction_rank": self.correction_rank > 0,
-            "init": self.init in ("alternate", "loftq"),
+        check_values(self)
+        settled: dict[str, Any] = {
+            name: patterns(name, getattr(self, name)) for name in ("include", "ignore")
         }
+        if self.widths is not None:
+            settled["widths"] = tuple(sorted(set(self.widths)))
+        if self.rank == "auto":
+            settled["count_adapters"] = True
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+        check_together(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -322,78 +189,8 @@ class Recipe:
 
     def passes(self, replay: bool = False) -> tuple[Pass, ...]:
         """The pipeline this recipe stands for; `replay`: with the widths of an earlier plan."""
-        group, shared = self.layout
-        rule = "paper" if self.is_paper else "default"
-        init = self.init or ("loftq" if self.is_paper else "closed-form")
-        average = self.threshold_average or AVERAGES[0]
-        steps: list[Pass] = [
-            NormalizeLinears(include=self.include, ignore=self.ignore),
-            CollectStatistics(gram=self.statistics),
-            *(() if self.is_paper else (MeasureSensitivity(groups=self.guided),)),
-            self.rotate_inputs(),
-            FitCodebooks(
-                widths=self.candidate_widths,
-                group=group,
-                shared=shared,
-                rule=rule,
-                threshold_average=average,
-                scale_bits=self.compact.scale_bits,
-                codebook_bits=self.compact.codebook_bits,
-            ),  # fmt: skip
-            *self._precision(replay),
-            QuantizeWeights(feedback=not self.is_paper, prefix=self.prefix),
-            *self.tuning(),
-        ]
-        if self.correction_rank:
-            steps.append(CorrectWeights(rank=self.correction_rank, bits=self.correction_bits))
-        if rank := self.largest_rank:
-            alpha = float(rank if self.alpha is None else self.alpha)
-            relearn = self.loftq_mappings == "relearned"
-            steps.append(
-                InitializeAdapters(
-                    rank=rank, alpha=alpha, rule=init, seed=self.seed, relearn=relearn,
-                    threshold_average=average,
-                )
-            )  # fmt: skip
-            if self.tune == "full" and init != "zero":
-                tokens, seed = self.tune_batch_tokens, self.seed
-                steps.append(TuneAdapters(self.tune_model_steps, tokens, seed=seed))
-        return (*steps, RewriteLinears())
-
-    def rotate_inputs(self) -> RotateInputs:
-        """The rotate-inputs pass of this recipe."""
-        if self.rotation is None and not self.is_paper:
-            group, shared = self.layout
-            return RotateInputs(seed=self.seed, rule="measured", group=group, shared=shared)
-        return RotateInputs(seed=self.seed, rule="always" if self.rotation else "never")
-
-    def tuning(self) -> tuple[Pass, ...]:
-        """The tuning passes of this recipe, if any."""
-        tokens, seed = self.tune_batch_tokens, self.seed
-        blocks = TuneBlocks(steps=self.tune_steps, batch_tokens=tokens, seed=seed)
-        model = TuneModel(steps=self.tune_model_steps, batch_tokens=tokens, seed=seed)
-        return {"none": (), "blocks": (blocks,), "full": (blocks, model)}[self.tune]
+        return passes_of(self, replay)
 
     def assignment(self) -> AssignPrecision:
         """The assign-precision pass of this recipe."""
-        return AssignPrecision(
-            budget=float(self.bit_budget),
-            rule="paper" if self.is_paper else "default",
-            unit=self.unit,
-            pins=tuple(f"{pattern}={width}" for pattern, width in self.pins.items()),
-            adapter_rank=self.fixed_rank if self.count_adapters else 0,
-            ranks=RANKS if self.rank == "auto" else (),
-            correction_rank=self.correction_rank,
-            correction_bits=self.correction_bits,
-        )
-
-    def _precision(self, replay: bool) -> tuple[Pass, ...]:
-        """What decides widths: an earlier plan, the paper, or a plan held against uniform ones."""
-        rank = self.fixed_rank if self.count_adapters else 0
-        counted = (rank, self.correction_rank, self.correction_bits)
-        if replay:
-            budget = 0.0 if self.is_paper else float(self.bit_budget)
-            return (ReplayPrecision(budget, *counted),)
-        if self.is_paper or self.pins or self.rank == "auto":
-            return (self.assignment(),)
-        return (self.assignment(), CompareUniform(float(self.bit_budget), *counted))
+        return assignment_of(self)

@@ -1,11 +1,153 @@
-"""What a value of a recipe may be; each raises a RecipeError that says what is wrong."""
+"""What a recipe may say: single values, and values that cannot stand beside each other.
+
+Each check raises a RecipeError that says what is wrong.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from lowra.compiler.compact import CODEBOOK_BITS, SCALE_BITS
 from lowra.compiler.errors import BudgetError, RecipeError, nearest
+from lowra.compiler.packing import TERNARY, WIDTHS
+from lowra.passes.correct_weights import CORRECTION_BITS
+from lowra.passes.paper_mappings import AVERAGES
+
+if TYPE_CHECKING:
+    from lowra.recipe import Recipe
+
+PRESETS = ("default", "lowra")
+RANKS = (0, 4, 8, 16, 32)
+"""LoRA ranks that rank="auto" chooses from."""
+
+UNITS = ("row", "layer", "siblings")
+INITS = ("closed-form", "two-sided", "alternate", "loftq", "zero")
+MAPPINGS = ("kept", "relearned")
+TUNES = ("none", "blocks", "full")
+GUIDED = (0, 1, 2, 4)
+"""Groups of rows that each have a metric of their own."""
+STATISTICS = ("full", "diagonal")
+SIZES = (
+    "calibration_tokens", "context", "tune_steps", "tune_model_steps", "tune_batch_tokens",
+)  # fmt: skip
+"""Fields that are whole numbers of one or more."""
+
+
+def check_values(recipe: Recipe) -> None:
+    """Every field by itself. Raises RecipeError, BudgetError for a budget that is no size."""
+    check_budget(recipe.bit_budget)
+    for name, choices in (
+        ("preset", PRESETS), ("unit", UNITS), ("tune", TUNES), ("statistics", STATISTICS),
+    ):  # fmt: skip
+        check_choice(name, getattr(recipe, name), choices)
+    for name, choices in (
+        ("init", INITS), ("threshold_average", AVERAGES), ("loftq_mappings", MAPPINGS),
+    ):  # fmt: skip
+        if getattr(recipe, name) is not None:
+            check_choice(name, getattr(recipe, name), choices)
+    if isinstance(recipe.rank, str) and recipe.rank != "auto":
+        raise RecipeError(f"rank={recipe.rank!r} must be a whole number of 0 or more, or 'auto'")
+    for name in ("rank", "correction_rank", "seed", *SIZES):
+        if (name, recipe.rank) != ("rank", "auto"):
+            check_whole(name, getattr(recipe, name), 1 if name in SIZES else 0)
+    for name in ("include", "ignore"):
+        patterns(name, getattr(recipe, name))
+    _check_types(recipe)
+    _check_widths(recipe)
+    _check_listed(recipe)
+
+
+def check_together(recipe: Recipe) -> None:
+    """Fields that cannot stand beside each other. Raises RecipeError."""
+    if recipe.shared_codebooks and recipe.group == 0:
+        raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
+    _check_preset(recipe)
+    quantizing = [name for name, quantizes in _quantizing_anew(recipe).items() if quantizes]
+    if quantizing and recipe.tune != "none":
+        raise RecipeError(
+            f"{quantizing[0]}={getattr(recipe, quantizing[0])!r} quantizes anew what "
+            f"tune={recipe.tune!r} has tuned; leave one of them out"
+        )
+    if not recipe.guided:
+        return
+    if recipe.statistics != "full":
+        raise RecipeError(f"guided={recipe.guided} needs statistics='full'")
+    if quantizing:
+        raise RecipeError(
+            f"{quantizing[0]}={getattr(recipe, quantizing[0])!r} quantizes anew, in the plain "
+            f"metric, what guided={recipe.guided} has quantized; leave one of them out"
+        )
+
+
+def _quantizing_anew(recipe: Recipe) -> dict[str, bool]:
+    """Options, and whether they quantize what quantize-weights has quantized already."""
+    return {
+        "correction_rank": recipe.correction_rank > 0,
+        "init": recipe.init in ("alternate", "loftq"),
+    }
+
+
+def _check_types(recipe: Recipe) -> None:
+    for name in ("rotation", "shared_codebooks", "count_adapters"):
+        if not isinstance(getattr(recipe, name), (bool, type(None))):
+            raise RecipeError(f"{name}={getattr(recipe, name)!r} must be true or false")
+    if recipe.alpha is not None and not is_positive(recipe.alpha):
+        raise RecipeError(f"alpha={recipe.alpha!r} must be a positive number")
+    if recipe.seed >= 1 << 63:
+        raise RecipeError(f"seed={recipe.seed} must be below 2^63")
+    if recipe.widths is not None and not isinstance(recipe.widths, (tuple, list)):
+        raise RecipeError(f"widths={recipe.widths!r} must be a tuple such as (1, 1.6, 2, 3, 4)")
+    if not isinstance(recipe.pins, Mapping):
+        raise RecipeError(f"pins={recipe.pins!r} must map patterns to widths")
+    if not all(isinstance(pattern, str) for pattern in recipe.pins):
+        raise RecipeError(f"pins={recipe.pins!r}: a pattern is not a string")
+
+
+def _check_widths(recipe: Recipe) -> None:
+    for width in (*(recipe.widths or ()), *recipe.pins.values()):
+        if (type(width), width) not in [(type(legal), legal) for legal in WIDTHS]:
+            raise RecipeError(f"width {width!r} is not one of {', '.join(map(str, WIDTHS))}")
+    if recipe.widths is not None and not recipe.widths:
+        raise RecipeError("widths is empty; name at least one")
+
+
+def _check_listed(recipe: Recipe) -> None:
+    """Whole numbers out of a short list."""
+    if recipe.group is not None and (type(recipe.group) is not int or recipe.group < -1):
+        raise RecipeError(f"group={recipe.group!r} must be -1 (per row), 0 (none) or positive")
+    for name, legal in (
+        ("scale_bits", SCALE_BITS), ("codebook_bits", CODEBOOK_BITS), ("guided", GUIDED),
+    ):  # fmt: skip
+        value = getattr(recipe, name)
+        if value is not None and (type(value) is not int or value not in legal):
+            raise RecipeError(f"{name}={value!r} is not one of {', '.join(map(str, legal))}")
+    bits = recipe.correction_bits
+    if type(bits) is not int or bits not in CORRECTION_BITS:
+        raise RecipeError(f"correction_bits={bits!r} must be 4 or 8")
+
+
+def _check_preset(recipe: Recipe) -> None:
+    """Preset "lowra" is the paper to the letter, and its options are its own."""
+    for name in ("threshold_average", "loftq_mappings"):
+        if not recipe.is_paper and getattr(recipe, name) is not None:
+            raise RecipeError(f"{name}={getattr(recipe, name)!r} needs preset='lowra'")
+    fixed = {
+        "unit": recipe.unit != "row", "pins": bool(recipe.pins), "group": recipe.group == 0,
+        "shared_codebooks": recipe.shared_codebooks, "count_adapters": recipe.count_adapters,
+        "correction_rank": recipe.correction_rank > 0, "tune": recipe.tune != "none",
+        "guided": recipe.guided != 0, "statistics": recipe.statistics != "full",
+        "widths": TERNARY in (recipe.widths or ()),
+        "scale_bits": recipe.scale_bits not in (None, 16),
+        "codebook_bits": recipe.codebook_bits not in (None, 16),
+    }  # fmt: skip
+    changed = [name for name, differs in fixed.items() if differs]
+    if recipe.is_paper and changed:
+        raise RecipeError(
+            f"{changed[0]}={getattr(recipe, changed[0])!r} is not part of preset 'lowra', "
+            "which is the paper to the letter; use preset 'default'"
+        )
 
 
 def check_budget(budget: Any) -> None:

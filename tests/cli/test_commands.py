@@ -12,7 +12,7 @@ from lowra.cli.options import Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output
 from lowra.cli.plan_tables import comparison_text
 from lowra.cli.tables import bytes_text, group_alike
-from lowra.recipe import PRESETS, TUNES, UNITS
+from lowra.recipe_checks import PRESETS, TUNES, UNITS
 from lowra.runtime.checkpoint_reader import DTYPES
 from tests.cli.conftest import QUICK
 

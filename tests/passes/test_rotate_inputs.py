@@ -19,6 +19,7 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.spill import Spill, StoredTensor, write_tensors
 from lowra.passes import CollectStatistics, RotateInputs
 from lowra.recipe import Recipe
+from lowra.recipe_pipeline import rotation_of
 from tests import models
 from tests.compiler.captured import normalized
 from tests.passes.site_programs import correlated_gram, site_program
@@ -175,9 +176,9 @@ def test_an_unknown_rule_and_missing_statistics_are_refused() -> None:
     ],
 )  # fmt: skip
 def test_a_recipe_measures_unless_it_is_told(options: dict[str, Any], rule: str) -> None:
-    assert Recipe(bit_budget=2, **options).rotate_inputs().rule == rule
+    assert rotation_of(Recipe(bit_budget=2, **options)).rule == rule
 
 
 def test_a_recipe_tries_the_layout_it_stores() -> None:
-    step = Recipe(bit_budget=2, group=32, shared_codebooks=False).rotate_inputs()
+    step = rotation_of(Recipe(bit_budget=2, group=32, shared_codebooks=False))
     assert (step.group, step.shared) == (32, False)

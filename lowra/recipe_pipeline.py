@@ -1,0 +1,123 @@
+"""The passes that a recipe stands for, in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowra.compiler.pipeline import Pass
+from lowra.passes import (
+    AssignPrecision,
+    CollectStatistics,
+    CompareUniform,
+    CorrectWeights,
+    FitCodebooks,
+    InitializeAdapters,
+    MeasureSensitivity,
+    NormalizeLinears,
+    QuantizeWeights,
+    ReplayPrecision,
+    RewriteLinears,
+    RotateInputs,
+    TuneAdapters,
+    TuneBlocks,
+    TuneModel,
+)
+from lowra.passes.paper_mappings import AVERAGES
+from lowra.recipe_checks import RANKS
+
+if TYPE_CHECKING:
+    from lowra.recipe import Recipe
+
+
+def passes_of(recipe: Recipe, replay: bool = False) -> tuple[Pass, ...]:
+    """The pipeline of a recipe; `replay`: with the widths of an earlier plan."""
+    return (
+        NormalizeLinears(include=recipe.include, ignore=recipe.ignore),
+        CollectStatistics(gram=recipe.statistics),
+        *(() if recipe.is_paper else (MeasureSensitivity(groups=recipe.guided),)),
+        rotation_of(recipe),
+        _codebooks(recipe),
+        *_precision(recipe, replay),
+        QuantizeWeights(feedback=not recipe.is_paper, prefix=recipe.prefix),
+        *tuning_of(recipe),
+        *_additions(recipe),
+        RewriteLinears(),
+    )
+
+
+def rotation_of(recipe: Recipe) -> RotateInputs:
+    """The rotate-inputs pass of a recipe."""
+    if recipe.rotation is None and not recipe.is_paper:
+        group, shared = recipe.layout
+        return RotateInputs(seed=recipe.seed, rule="measured", group=group, shared=shared)
+    return RotateInputs(seed=recipe.seed, rule="always" if recipe.rotation else "never")
+
+
+def _codebooks(recipe: Recipe) -> FitCodebooks:
+    group, shared = recipe.layout
+    return FitCodebooks(
+        widths=recipe.candidate_widths,
+        group=group,
+        shared=shared,
+        rule="paper" if recipe.is_paper else "default",
+        threshold_average=recipe.threshold_average or AVERAGES[0],
+        scale_bits=recipe.compact.scale_bits,
+        codebook_bits=recipe.compact.codebook_bits,
+    )
+
+
+def assignment_of(recipe: Recipe) -> AssignPrecision:
+    """The assign-precision pass of a recipe."""
+    return AssignPrecision(
+        budget=float(recipe.bit_budget),
+        rule="paper" if recipe.is_paper else "default",
+        unit=recipe.unit,
+        pins=tuple(f"{pattern}={width}" for pattern, width in recipe.pins.items()),
+        adapter_rank=recipe.fixed_rank if recipe.count_adapters else 0,
+        ranks=RANKS if recipe.rank == "auto" else (),
+        correction_rank=recipe.correction_rank,
+        correction_bits=recipe.correction_bits,
+    )
+
+
+def _precision(recipe: Recipe, replay: bool) -> tuple[Pass, ...]:
+    """What decides widths: an earlier plan, the paper, or a plan held against uniform ones."""
+    rank = recipe.fixed_rank if recipe.count_adapters else 0
+    counted = (rank, recipe.correction_rank, recipe.correction_bits)
+    if replay:
+        budget = 0.0 if recipe.is_paper else float(recipe.bit_budget)
+        return (ReplayPrecision(budget, *counted),)
+    if recipe.is_paper or recipe.pins or recipe.rank == "auto":
+        return (assignment_of(recipe),)
+    return (assignment_of(recipe), CompareUniform(float(recipe.bit_budget), *counted))
+
+
+def tuning_of(recipe: Recipe) -> tuple[Pass, ...]:
+    """The tuning passes of a recipe, if any."""
+    tokens, seed = recipe.tune_batch_tokens, recipe.seed
+    blocks = TuneBlocks(steps=recipe.tune_steps, batch_tokens=tokens, seed=seed)
+    model = TuneModel(steps=recipe.tune_model_steps, batch_tokens=tokens, seed=seed)
+    return {"none": (), "blocks": (blocks,), "full": (blocks, model)}[recipe.tune]
+
+
+def _additions(recipe: Recipe) -> tuple[Pass, ...]:
+    """What stands beside the packed weights: a correction, an adapter."""
+    steps: list[Pass] = []
+    if recipe.correction_rank:
+        steps.append(CorrectWeights(rank=recipe.correction_rank, bits=recipe.correction_bits))
+    init = recipe.init or ("loftq" if recipe.is_paper else "closed-form")
+    if rank := recipe.largest_rank:
+        steps.append(
+            InitializeAdapters(
+                rank=rank,
+                alpha=float(rank if recipe.alpha is None else recipe.alpha),
+                rule=init,
+                seed=recipe.seed,
+                relearn=recipe.loftq_mappings == "relearned",
+                threshold_average=recipe.threshold_average or AVERAGES[0],
+            )
+        )
+        if recipe.tune == "full" and init != "zero":
+            tokens, seed = recipe.tune_batch_tokens, recipe.seed
+            steps.append(TuneAdapters(recipe.tune_model_steps, tokens, seed=seed))
+    return tuple(steps)
