@@ -9,6 +9,7 @@ from typing import Any
 
 from lowra.compiler.compact import Compact
 from lowra.compiler.errors import RecipeError, nearest
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY
 from lowra.compiler.pipeline import Pass
 from lowra.passes import AssignPrecision, TuneBlocks, TuneModel
@@ -19,6 +20,10 @@ PREFIX = 0.3
 """Share of the quantized prefix's error that a site makes up for (decision 10)."""
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
+AUTO_LAYOUTS = (
+    "row8-shared16", "128x4-shared16", "64x4-shared16", "32x4-shared16", "none-own8",
+)  # fmt: skip
+"""What layouts="auto" offers, the default's first (decision 13)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class Recipe:
         and width instead of one per row.
     scale_bits, codebook_bits: what a scale (16, 8 or 4) and a codebook value (16 or 8) take in the
         file; by default 8 and 16.
+    layouts: in place of those four fields, layouts as texts such as "64x4-shared16" (see
+        lowra/compiler/layout.py), of which the planner chooses one per site; "auto": a short list.
     rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "two-sided"
         (rows weighted by sensitivity), "alternate" (the base quantized anew in turn), "loftq" or
         "zero". rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition
@@ -76,6 +83,7 @@ class Recipe:
     shared_codebooks: bool | None = None
     scale_bits: int | None = None
     codebook_bits: int | None = None
+    layouts: str | tuple[str, ...] | None = None
     rank: int | str = 16
     alpha: float | None = None
     init: str | None = None
@@ -102,6 +110,8 @@ class Recipe:
         settled: dict[str, Any] = {
             name: patterns(name, getattr(self, name)) for name in ("include", "ignore")
         }
+        if self.layouts not in (None, "auto"):
+            settled["layouts"] = tuple(dict.fromkeys(patterns("layouts", self.layouts)))
         if self.widths is not None:
             settled["widths"] = tuple(sorted(set(self.widths)))
         if self.rank == "auto":
@@ -120,7 +130,7 @@ class Recipe:
         if "bit_budget" not in data:
             raise RecipeError("a recipe needs bit_budget, bits per compressed weight")
         values = dict(data)
-        for name in ("widths", "include", "ignore"):
+        for name in ("widths", "include", "ignore", "layouts"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(**values)
@@ -153,18 +163,24 @@ class Recipe:
         return tuple(sorted({*base, *self.pins.values()}))
 
     @property
-    def layout(self) -> tuple[int, bool]:
-        """Scale group and whether codebooks are shared."""
+    def layout(self) -> Layout:
+        """How scales and codebooks are stored; where layouts are chosen, the first candidate."""
+        if self.layouts is not None:
+            return self.candidate_layouts[0]
         group, shared = (64, False) if self.is_paper else (-1, True)
         group = group if self.group is None else self.group
         shared = shared if self.shared_codebooks is None else self.shared_codebooks
-        return group, shared and group != 0
+        scales = 16 if self.is_paper or group == 0 else 8
+        compact = Compact(self.scale_bits or scales, self.codebook_bits or 16)
+        return Layout(group, shared and group != 0, compact)
 
     @property
-    def compact(self) -> Compact:
-        """In how many bits scales and codebook values are stored."""
-        scales = 16 if self.is_paper or self.layout[0] == 0 else 8
-        return Compact(self.scale_bits or scales, self.codebook_bits or 16)
+    def candidate_layouts(self) -> tuple[Layout, ...]:
+        """Layouts that the planner may choose from; one where there is nothing to choose."""
+        if self.layouts is None:
+            return (self.layout,)
+        texts = AUTO_LAYOUTS if self.layouts == "auto" else self.layouts
+        return tuple(map(Layout.parse, texts))
 
     @property
     def fixed_rank(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowra.compiler.compact import CODEBOOK_BITS, SCALE_BITS
 from lowra.compiler.errors import BudgetError, RecipeError, nearest
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY, WIDTHS
 from lowra.passes.correct_weights import CORRECTION_BITS
 from lowra.passes.paper_mappings import AVERAGES
@@ -57,6 +58,7 @@ def check_values(recipe: Recipe) -> None:
     _check_types(recipe)
     _check_widths(recipe)
     _check_listed(recipe)
+    _check_layouts(recipe.layouts)
 
 
 def check_together(recipe: Recipe) -> None:
@@ -64,6 +66,7 @@ def check_together(recipe: Recipe) -> None:
     if recipe.shared_codebooks and recipe.group == 0:
         raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
     _check_preset(recipe)
+    _check_choosing(recipe)
     quantizing = [name for name, quantizes in _quantizing_anew(recipe).items() if quantizes]
     if quantizing and recipe.tune != "none":
         raise RecipeError(
@@ -128,6 +131,31 @@ def _check_listed(recipe: Recipe) -> None:
         raise RecipeError(f"correction_bits={bits!r} must be 4 or 8")
 
 
+def _check_layouts(layouts: Any) -> None:
+    if layouts is None or layouts == "auto":
+        return
+    texts = patterns("layouts", layouts)
+    if not texts:
+        raise RecipeError("layouts is empty; name at least one, or use layouts='auto'")
+    for text in texts:
+        Layout.parse(text)
+
+
+def _check_choosing(recipe: Recipe) -> None:
+    """What cannot stand beside layouts to choose from."""
+    if recipe.layouts is None:
+        return
+    for name in ("group", "shared_codebooks", "scale_bits", "codebook_bits"):
+        if getattr(recipe, name) is not None:
+            raise RecipeError(
+                f"{name}={getattr(recipe, name)!r} fixes what layouts= chooses; leave one out"
+            )
+    if recipe.rank == "auto" and len(recipe.candidate_layouts) > 1:
+        raise RecipeError(
+            "rank='auto' and layouts are both chosen per site, and not priced together; fix one"
+        )
+
+
 def _check_preset(recipe: Recipe) -> None:
     """Preset "lowra" is the paper to the letter, and its options are its own."""
     for name in ("threshold_average", "loftq_mappings"):
@@ -141,6 +169,7 @@ def _check_preset(recipe: Recipe) -> None:
         "widths": TERNARY in (recipe.widths or ()),
         "scale_bits": recipe.scale_bits not in (None, 16),
         "codebook_bits": recipe.codebook_bits not in (None, 16),
+        "layouts": recipe.layouts is not None,
     }  # fmt: skip
     changed = [name for name, differs in fixed.items() if differs]
     if recipe.is_paper and changed:

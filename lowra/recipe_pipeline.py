@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lowra.compiler.pipeline import Pass
 from lowra.passes import (
     AssignPrecision,
+    ChooseLayouts,
     CollectStatistics,
     CompareUniform,
     CorrectWeights,
@@ -48,21 +49,24 @@ def passes_of(recipe: Recipe, replay: bool = False) -> tuple[Pass, ...]:
 def rotation_of(recipe: Recipe) -> RotateInputs:
     """The rotate-inputs pass of a recipe."""
     if recipe.rotation is None and not recipe.is_paper:
-        group, shared = recipe.layout
-        return RotateInputs(seed=recipe.seed, rule="measured", group=group, shared=shared)
+        tried = recipe.layout
+        return RotateInputs(
+            seed=recipe.seed, rule="measured", group=tried.group, shared=tried.shared
+        )
     return RotateInputs(seed=recipe.seed, rule="always" if recipe.rotation else "never")
 
 
 def _codebooks(recipe: Recipe) -> FitCodebooks:
-    group, shared = recipe.layout
+    layout, layouts = recipe.layout, recipe.candidate_layouts
     return FitCodebooks(
         widths=recipe.candidate_widths,
-        group=group,
-        shared=shared,
+        group=layout.group,
+        shared=layout.shared,
         rule="paper" if recipe.is_paper else "default",
         threshold_average=recipe.threshold_average or AVERAGES[0],
-        scale_bits=recipe.compact.scale_bits,
-        codebook_bits=recipe.compact.codebook_bits,
+        scale_bits=layout.compact.scale_bits,
+        codebook_bits=layout.compact.codebook_bits,
+        layouts=tuple(map(str, layouts)) if len(layouts) > 1 else (),
     )
 
 
@@ -87,9 +91,24 @@ def _precision(recipe: Recipe, replay: bool) -> tuple[Pass, ...]:
     if replay:
         budget = 0.0 if recipe.is_paper else float(recipe.bit_budget)
         return (ReplayPrecision(budget, *counted),)
-    if recipe.is_paper or recipe.pins or recipe.rank == "auto":
-        return (assignment_of(recipe),)
-    return (assignment_of(recipe), CompareUniform(float(recipe.bit_budget), *counted))
+    steps: list[Pass] = [assignment_of(recipe)]
+    if len(recipe.candidate_layouts) > 1:
+        steps.insert(0, _layouts(recipe))
+    if not (recipe.is_paper or recipe.pins or recipe.rank == "auto"):
+        steps.append(CompareUniform(float(recipe.bit_budget), *counted))
+    return tuple(steps)
+
+
+def _layouts(recipe: Recipe) -> ChooseLayouts:
+    step = assignment_of(recipe)
+    return ChooseLayouts(
+        budget=step.budget,
+        unit=step.unit,
+        pins=step.pins,
+        adapter_rank=step.adapter_rank,
+        correction_rank=step.correction_rank,
+        correction_bits=step.correction_bits,
+    )
 
 
 def tuning_of(recipe: Recipe) -> tuple[Pass, ...]:

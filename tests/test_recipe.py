@@ -218,6 +218,53 @@ def test_the_default_pipeline_as_text() -> None:
     )
 
 
+def test_layouts_to_choose_from_are_all_fitted_and_chosen_with_the_budget() -> None:
+    assert text(bit_budget=1.5, layouts=("64x4-shared16", "none-own8"), pins={"*.q_proj": 2}) == (
+        "normalize-linears collect-statistics measure-sensitivity "
+        "rotate-inputs{rule=measured group=64} "
+        "fit-codebooks{widths=1,1.6,2,3,4 group=64 scale_bits=4 layouts=64x4-shared16,none-own8} "
+        "choose-layouts{budget=1.5 pins=*.q_proj=2} assign-precision{budget=1.5 pins=*.q_proj=2} "
+        "quantize-weights{prefix=0.3} initialize-adapters rewrite-linears"
+    )
+    passes = Recipe(bit_budget=1.5, layouts="auto", count_adapters=True, rank=4).passes()
+    assert parse_pipeline(print_pipeline(passes), PASSES) == passes
+    assert "choose-layouts{budget=1.5 adapter_rank=4}" in print_pipeline(passes)
+
+
+def test_one_layout_is_no_choice_and_the_automatic_list_begins_with_the_default() -> None:
+    one = text(bit_budget=2, layouts="64x4-shared16")
+    assert one == text(bit_budget=2, group=64, scale_bits=4)
+    auto = Recipe(bit_budget=2, layouts="auto")
+    assert auto.layout == Recipe(bit_budget=2).layout and len(auto.candidate_layouts) > 1
+    assert auto == Recipe.from_dict(json.loads(json.dumps(auto.to_dict())))
+    replayed = print_pipeline(auto.passes(replay=True))
+    assert "choose-layouts" not in replayed and "replay-precision" in replayed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layouts": ("row8",)}, "layout 'row8' is none: write row8-shared16"),
+        ({"layouts": "row3-shared16"}, "scales of 3 bits, not 4, 8, 16"),
+        ({"layouts": "row8-own4"}, "codebook values of 4 bits, not 8, 16"),
+        ({"layouts": "none-shared16"}, "shared codebooks need scales"),
+        ({"layouts": "0x8-shared16"}, "shared codebooks need scales"),
+        ({"layouts": ()}, "layouts is empty"),
+        ({"layouts": 5}, "layouts=5 must be patterns, as strings"),
+        ({"layouts": "auto", "group": 64}, "group=64 fixes what layouts= chooses"),
+        ({"layouts": "auto", "scale_bits": 8}, "scale_bits=8 fixes what layouts= chooses"),
+        ({"layouts": "auto", "rank": "auto"}, "rank='auto' and layouts are both chosen"),
+        ({"layouts": "auto", "preset": "lowra"}, "layouts='auto' is not part of preset 'lowra'"),
+    ],
+    ids=str,
+)
+def test_layouts_that_cannot_be_stored_or_stand_beside_another_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(bit_budget=2, **options)
+
+
 def test_the_pipeline_of_the_paper_as_text() -> None:
     assert text(bit_budget=1.5, preset="lowra") == (
         "normalize-linears collect-statistics rotate-inputs{rule=never} "
@@ -368,7 +415,8 @@ def test_candidate_widths_follow_budget_preset_and_pins(
 def test_the_layout_follows_preset_and_group(
     options: dict[str, Any], layout: tuple[int, bool]
 ) -> None:
-    assert Recipe(bit_budget=2, **options).layout == layout
+    found = Recipe(bit_budget=2, **options).layout
+    assert (found.group, found.shared) == layout
 
 
 def test_only_the_paper_looks_at_no_activations() -> None:

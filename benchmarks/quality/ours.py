@@ -11,7 +11,6 @@ from torch import nn
 import lowra
 from benchmarks.quality.protocol import Task, sites_of
 from benchmarks.quality.rows import Row
-from lowra.compiler.stored_bits import row_bits
 from lowra.runtime.module_view import quantized_linears
 
 PRESETS = ("default", "lowra")
@@ -82,12 +81,12 @@ def paper_code_bits(model: nn.Module, stored: float) -> float | None:
 
 def worst_stored_bits(model: nn.Module, code_bits: float) -> float:
     recipe = lowra.Recipe(bit_budget=code_bits, preset="lowra")
-    group, shared = recipe.layout
+    layout = recipe.layout
     widths = recipe.candidate_widths
     total = weights = 0.0
     for site in sites_of(model).values():
         n, k = site.weight.shape
-        beside = [row_bits(k, b, group, shared) - b * k for b in widths]
+        beside = [layout.row_bits(k, b) - b * k for b in widths]
         slope = (beside[-1] - beside[0]) / (widths[-1] - widths[0])
         total += n * (k * code_bits + beside[0] + slope * (code_bits - widths[0]))
         weights += n * k

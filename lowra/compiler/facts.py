@@ -1,7 +1,7 @@
 """Facts: what passes learn about a site. Frozen, typed, held beside the graph.
 
-`lowra.compiler.rotation.Rotation` is a fact too. Letters: n output features, k input features,
-r rank, b bits.
+`lowra.compiler.rotation.Rotation` is a fact too, and so is `lowra.compiler.layout.Layout`, where
+layouts were chosen. Letters: n output features, k input features, r rank, b bits.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.compact import PLAIN, Compact
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import width_of
 from lowra.compiler.storage import PackedWeight
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lowra.compiler.spill import StoredTensor
 
 
@@ -113,6 +116,21 @@ class Codebooks:
     thresholds: Mapping[float, Tensor] | None = None
     compact: Compact = PLAIN
     span: Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.group, self.shared, self.compact)
+
+
+@dataclass(frozen=True)
+class LayoutFits:
+    """Codebooks of a site in every layout that it may be stored in, kept on disk.
+
+    choose-layouts makes one of them the site's Codebooks (lowra.passes.stored_books reads them).
+    """
+
+    widths: tuple[float, ...]
+    files: Mapping[Layout, Path]
 
 
 @dataclass(frozen=True)
@@ -233,4 +251,4 @@ class Adapter:
 
 
 Fact = object
-"""Any of the classes above, or Rotation; a site holds at most one of each."""
+"""Any of the classes above, Rotation, or Layout; a site holds at most one of each."""

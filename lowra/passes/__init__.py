@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowra.compiler.pipeline import Pass
 from lowra.passes.assign_precision import AssignPrecision
+from lowra.passes.choose_layouts import ChooseLayouts
 from lowra.passes.collect_statistics import CollectStatistics
 from lowra.passes.compare_uniform import CompareUniform
 from lowra.passes.correct_weights import CorrectWeights
@@ -25,6 +26,7 @@ PASSES: tuple[type[Pass], ...] = (
     CollectStatistics,
     MeasureSensitivity,
     FitCodebooks,
+    ChooseLayouts,
     AssignPrecision,
     ReplayPrecision,
     CompareUniform,

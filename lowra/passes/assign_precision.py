@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +13,11 @@ from lowra.compiler.correction import correction_bits
 from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError, RecipeError
 from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY, width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.progress import stage
-from lowra.compiler.stored_bits import row_bits, site_bits
 from lowra.passes.pins import Pin, bill_of_pins, parse_pins, pinned_widths
 from lowra.passes.relaxation import Assignment, Floats, Ints, Rows
 
@@ -33,8 +33,9 @@ class AssignPrecision(Pass):
     """Choose widths that minimise the summed expected loss under the budget.
 
     budget: bits per weight over all sites. rule "default": one multiple-choice knapsack over all
-    rows with true stored bits (codes, padding, scales, codebooks, width tags), solved to a proven
-    gap. rule "paper": the two-level program of LowRA (ICML 2025, section 6) on code bits alone.
+    rows with true stored bits (codes, padding, scales, codebooks, width tags), each in the layout
+    of its site's codebooks, solved to a proven gap. rule "paper": the two-level program of LowRA
+    (ICML 2025, section 6) on code bits alone.
     unit: what shares a width: "row", "layer" (a site) or "siblings" (all sites that read one
     input, so that a fused kernel sees one width). pins: "pattern=width" entries fix the width of
     matching sites; of several, the first wins. adapter_rank: also charge 16-bit LoRA factors of
@@ -58,17 +59,20 @@ class AssignPrecision(Pass):
     correction_bits: int = 4
 
     def run(self, program: Program) -> Program:
-        books = {site.name: program.fact(site.name, Codebooks) for site in program.sites}
-        widths = books[program.sites[0].name].widths
-        cost = np.concatenate([books[site.name].loss.numpy() for site in program.sites])
+        widths = program.fact(program.sites[0].name, Codebooks).widths
+        cost = _cost(program)
         with stage("precision", None):
             if self.rule == "paper":
                 budget = int(self.budget * sum(site.weights for site in program.sites))
                 plan, ranks = self._paper(program, cost, widths), None
             else:
-                rows = Rows(cost, _bits_of_rows(program, books, widths), self._groups(program))
-                plan, budget, ranks = self._knapsack(program, books, rows, widths)
+                plan, budget, ranks = self._knapsack(program, widths)
         return _with_plan(program, cost, widths, plan, budget, ranks)
+
+    def least_loss(self, program: Program) -> float:
+        """The expected loss of the plan that `run` makes; it may also raise what that raises."""
+        widths = program.fact(program.sites[0].name, Codebooks).widths
+        return self._knapsack(program, widths)[0].cost
 
     def _paper(self, program: Program, cost: Floats, widths: tuple[float, ...]) -> Assignment:
         counted = self.adapter_rank or self.ranks or self.correction_rank
@@ -84,21 +88,23 @@ class AssignPrecision(Pass):
         return solve_two_level(cost, sizes, tuple(map(int, widths)), self.budget)
 
     def _knapsack(
-        self, program: Program, books: dict[str, Codebooks], rows: Rows, widths: tuple[float, ...]
+        self, program: Program, widths: tuple[float, ...]
     ) -> tuple[Assignment, int, tuple[int, ...] | None]:
         from lowra.passes.solver import solve_knapsack
 
-        cost = self._pinned(program, rows.cost, widths)
-        layout = books[program.sites[0].name]
-        cost, budget = self._affordable(program, cost, rows.bits, widths, layout)
+        layouts = {site.name: program.fact(site.name, Codebooks).layout for site in program.sites}
+        bits, groups = _bits_of_rows(program.sites, layouts, widths), self._groups(program)
+        cost, budget = self._affordable(
+            program, self.pinned_cost(program, _cost(program), widths), bits, widths, layouts
+        )
         if self.ranks:
             from lowra.passes.rank_options import solve_with_ranks
 
             plan, chosen = solve_with_ranks(
-                program, Rows(cost, rows.bits, rows.groups), budget, self.ranks, SOLVER_EFFORT
+                program, Rows(cost, bits, groups), budget, self.ranks, SOLVER_EFFORT
             )
             return plan, budget, chosen
-        plan = solve_knapsack(cost, rows.bits, budget, groups=rows.groups, seconds=SOLVER_EFFORT)
+        plan = solve_knapsack(cost, bits, budget, groups=groups, seconds=SOLVER_EFFORT)
         return plan, budget, None
 
     def _groups(self, program: Program) -> Ints | None:
@@ -124,52 +130,59 @@ class AssignPrecision(Pass):
 
     def _affordable(
         self, program: Program, cost: Floats, bits: Ints, widths: tuple[float, ...],
-        layout: Codebooks,
+        layouts: Mapping[str, Layout],
     ) -> tuple[Floats, int]:  # fmt: skip
-        """Costs of the widths whose shared codebooks fit, and the bits left for rows.
-
-        Where the tables of all widths leave too little, the widest go first, pinned ones excepted.
-        """
-        pinned = {width for _, width in parse_pins(self.pins, widths)}
+        """Costs of the widths whose shared codebooks fit, and the bits left for rows."""
         total = int(self.budget * sum(site.weights for site in program.sites))
         least = total + UNREACHABLE
-        for count in range(len(widths), -1 if pinned else 0, -1):
-            used = {*widths[:count], *pinned}
-            open_ = np.array([width in used for width in widths])
+        for stored in self.open_widths(widths):
+            open_ = np.array([width in stored for width in widths])
             allowed = np.where(open_, cost, np.inf)
-            stored = tuple(width for width in widths if width in used)
-            budget = self.row_budget(program.sites, stored, layout)
+            budget = self.row_budget(program.sites, stored, layouts)
             low = int(np.where(np.isfinite(allowed), bits, UNREACHABLE).min(1).sum())
             if low <= budget:
                 return allowed, budget
             least = min(least, low + total - budget)
-        most = int(bits.max(1).sum()) + total - self.row_budget(program.sites, widths, layout)
+        most = int(bits.max(1).sum()) + total - self.row_budget(program.sites, widths, layouts)
         raise BudgetError(self._unreachable(program, widths, least, most))
 
+    def open_widths(self, widths: tuple[float, ...]) -> Iterator[tuple[float, ...]]:
+        """Widths whose shared tables every site holds: all, then without the widest, and so on.
+
+        Where the tables of all widths leave rows too little, the widest go first, pinned ones
+        excepted.
+        """
+        pinned = {width for _, width in parse_pins(self.pins, widths)}
+        for count in range(len(widths), -1 if pinned else 0, -1):
+            used = {*widths[:count], *pinned}
+            yield tuple(width for width in widths if width in used)
+
     def row_budget(
-        self, sites: tuple[Site, ...], widths: tuple[float, ...], layout: Codebooks
+        self, sites: tuple[Site, ...], widths: tuple[float, ...], layouts: Mapping[str, Layout]
     ) -> int:
-        """Bits left for rows: the budget less what sites store beside rows, and counted LoRA."""
+        """Bits left for rows: the whole budget less what sites store beside rows."""
+        beside = sum(layouts[site.name].site_bits(site.n, site.k, widths) for site in sites)
+        return self.whole_budget(sites) - beside
+
+    def whole_budget(self, sites: tuple[Site, ...]) -> int:
+        """The budget in bits, less counted LoRA factors and corrections."""
         total = int(self.budget * sum(site.weights for site in sites))
-        beside = sum(
-            site_bits(s.n, widths, layout.shared, layout.compact, layout.group, s.k) for s in sites
-        )
         lora = sum(16 * self.adapter_rank * (site.n + site.k) for site in sites)
         rank, bits = self.correction_rank, self.correction_bits
-        corrections = sum(correction_bits(site.n, site.k, rank, bits) for site in sites)
-        return total - beside - lora - corrections
+        return total - lora - sum(correction_bits(site.n, site.k, rank, bits) for site in sites)
 
     def _unreachable(
         self, program: Program, widths: tuple[float, ...], least: int, most: int
     ) -> str:
         weights = sum(site.weights for site in program.sites)
-        books = program.fact(program.sites[0].name, Codebooks)
         pins = f" with pins {', '.join(self.pins)}" if self.pins else ""
         low, high = (np.ceil(1000 * bits / weights) / 1000 for bits in (least, most))
         bill = bill_of_pins(
             program.sites,
             self._pins(program, widths),
-            lambda site, width: site.n * _bits_of_row(site, width, books),
+            lambda site, width: (
+                site.n * program.fact(site.name, Codebooks).layout.row_bits(site.k, width)
+            ),
         )
         return (
             f"bit_budget={self.budget:g} is out of reach{pins}: this model can be stored in "
@@ -181,8 +194,8 @@ class AssignPrecision(Pass):
             program.sites, self.site_groups(program), parse_pins(self.pins, widths)
         )
 
-    def _pinned(self, program: Program, cost: Floats, widths: tuple[float, ...]) -> Floats:
-        """The costs with inf at every width that a pin excludes."""
+    def pinned_cost(self, program: Program, cost: Floats, widths: tuple[float, ...]) -> Floats:
+        """The costs [rows of all sites, widths] with inf at every width that a pin excludes."""
         names = [site.name for site in program.sites]
         select(names, [pin.rpartition("=")[0] for pin in self.pins], "pins")
         cost = cost.copy()
@@ -195,16 +208,18 @@ class AssignPrecision(Pass):
         return cost
 
 
-def _bits_of_row(site: Site, width: float, layout: Codebooks) -> int:
-    return row_bits(site.k, width, layout.group, layout.shared, layout.compact)
+def _cost(program: Program) -> Floats:
+    """Expected losses of the rows of all sites: float64 [rows, widths]."""
+    books = (program.fact(site.name, Codebooks) for site in program.sites)
+    return np.concatenate([found.loss.numpy() for found in books])
 
 
-def _bits_of_rows(program: Program, books: dict[str, Codebooks], widths: Sequence[float]) -> Ints:
-    first = books[program.sites[0].name]
-    per_site = [
-        np.tile([_bits_of_row(s, b, first) for b in widths], (s.n, 1)) for s in program.sites
-    ]
-    return np.concatenate(per_site).astype(np.int64)
+def _bits_of_rows(
+    sites: tuple[Site, ...], layouts: Mapping[str, Layout], widths: tuple[float, ...]
+) -> Ints:
+    """Stored bits of the rows of all sites, each in its site's layout: int64 [rows, widths]."""
+    per_site = [[layouts[s.name].row_bits(s.k, b) for b in widths] for s in sites]
+    return np.repeat(np.array(per_site, dtype=np.int64), [s.n for s in sites], axis=0)
 
 
 def _with_plan(

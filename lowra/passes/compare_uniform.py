@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.capture import fingerprint_of
-from lowra.compiler.facts import Assigned, Codebooks, Comparison, Precision, Proof, Statistics
+from lowra.compiler.facts import (
+    Assigned,
+    Codebooks,
+    Comparison,
+    LayoutFits,
+    Precision,
+    Proof,
+    Statistics,
+)
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
@@ -21,8 +30,7 @@ from lowra.passes.divergence import divergence
 from lowra.passes.moments import MomentsReader
 from lowra.passes.plan_bits import Counted, plan_bits
 from lowra.passes.quantizer import quantize
-
-Widths = Mapping[str, Precision]
+from lowra.passes.stored_books import in_layouts
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class CompareUniform(Pass):
 
     name: ClassVar[str] = "compare-uniform"
     reads: ClassVar = (Rotation, Statistics, Codebooks, Precision, Assigned)
-    writes: ClassVar = (Precision, Assigned)
+    writes: ClassVar = (Codebooks, Precision, Assigned)
     budget: float = 2.0
     adapter_rank: int = 0
     correction_rank: int = 0
@@ -50,79 +58,116 @@ class CompareUniform(Pass):
     def run(self, program: Program) -> Program:
         if program.graph is None or not program.held_out:
             return program
-        mixed = {site.name: program.fact(site.name, Precision) for site in program.sites}
-        found = self._widest(program)
-        if found is None:
+        found = self._rival(program)
+        if found is None or _alike(program, found[1]):
             return program
         width, uniform = found
-        if all(torch.equal(mixed[n].row_widths, uniform[n].row_widths) for n in mixed):
-            return program
         with stage("compare", len(program.sites)) as bar:
-            key = (repr(self), program.fingerprint, _decided(program, mixed))
+            key = (repr(self), program.fingerprint, _decided(program), _decided(uniform))
             measured = program.spill.tensors(
-                key, lambda: {"loss": _measure(program, (mixed, uniform), bar.advance)}
+                key, lambda: {"loss": _measure(program, (program, uniform), bar.advance)}
             )["loss"].tolist()
         return self._kept(program, uniform, Comparison(width, *measured))
 
-    def _widest(self, program: Program) -> tuple[float, Widths] | None:
-        """The widest width that fits the budget everywhere, and the plan that it makes."""
+    def _rival(self, program: Program) -> tuple[float, Program] | None:
+        """The widest width that fits the budget everywhere, and the program with that plan."""
+        best: tuple[float, float, Program] | None = None
+        for layout in _layouts(program):
+            plan = program if layout is None else in_layouts(program, layout)
+            width = self._widest(plan)
+            if width is None:
+                continue
+            loss = sum(_loss(plan, site, width) for site in plan.sites)
+            if best is None or (-width, loss) < (-best[0], best[1]):
+                best = width, loss, _uniform(plan, width)
+        return None if best is None else (best[0], best[2])
+
+    def _widest(self, program: Program) -> float | None:
         budget = int(self.budget * sum(site.weights for site in program.sites))
         for width in sorted(program.fact(program.sites[0].name, Codebooks).widths, reverse=True):
-            ids = {s.name: torch.full((s.n,), width_id(width), dtype=torch.uint8)
-                   for s in program.sites}  # fmt: skip
-            plan = {name: Precision(rows) for name, rows in ids.items()}
-            if plan_bits(program, plan, self._counted()) <= budget:
-                return width, plan
+            if plan_bits(program, _plan(_uniform(program, width)), self._counted()) <= budget:
+                return width
         return None
 
     def _counted(self) -> Counted:
         return Counted(self.adapter_rank, self.correction_rank, self.correction_bits)
 
-    def _kept(self, program: Program, uniform: Widths, comparison: Comparison) -> Program:
-        """The program with the better plan, and the comparison beside it."""
-        facts: dict[str, list[object]] = {}
-        for site in program.sites:
-            assigned = program.fact(site.name, Assigned)
-            facts[site.name] = [replace(assigned, comparison=comparison)]
+    def _kept(self, program: Program, uniform: Program, comparison: Comparison) -> Program:
+        """The better of the two programs, and the comparison beside its plan."""
+        found = {site.name: program.fact(site.name, Assigned) for site in program.sites}
         if comparison.uniform >= comparison.mixed:
-            return program.with_facts(facts)
-        losses = {s.name: self._loss(program, s, comparison.width) for s in program.sites}
-        bits = plan_bits(program, uniform, self._counted())
-        budget = program.fact(program.sites[0].name, Assigned).proof.budget
+            return program.with_facts(
+                {name: [replace(assigned, comparison=comparison)]
+                 for name, assigned in found.items()}
+            )  # fmt: skip
+        losses = {s.name: _loss(uniform, s, comparison.width) for s in uniform.sites}
+        bits = plan_bits(uniform, _plan(uniform), self._counted())
+        budget = found[program.sites[0].name].proof.budget
         proof = Proof(sum(losses.values()), bits, budget)
-        return program.with_facts(
-            {name: [Assigned(loss, proof, comparison), uniform[name]]
-             for name, loss in losses.items()}
-        )  # fmt: skip
-
-    def _loss(self, program: Program, site: Site, width: float) -> float:
-        books = program.fact(site.name, Codebooks)
-        return float(books.loss[:, books.widths.index(width)].sum())
+        return uniform.with_facts(
+            {name: [Assigned(loss, proof, comparison)] for name, loss in losses.items()}
+        )
 
 
-def _decided(program: Program, plan: Widths) -> str:
-    """A hash of codebooks and widths of all sites."""
+def _layouts(program: Program) -> list[dict[str, Layout] | None]:
+    """Each layout that sites could choose, for all of them; None is the only one that there is."""
+    fits = program.find(program.sites[0].name, LayoutFits)
+    if fits is None:
+        return [None]
+    return [{site.name: layout for site in program.sites} for layout in fits.files]
+
+
+def _uniform(program: Program, width: float) -> Program:
+    """The program with one width for all rows."""
+    ids = (torch.full((s.n,), width_id(width), dtype=torch.uint8) for s in program.sites)
+    return program.with_facts(
+        {s.name: [Precision(rows)] for s, rows in zip(program.sites, ids, strict=True)}
+    )
+
+
+def _plan(program: Program) -> dict[str, Precision]:
+    return {site.name: program.fact(site.name, Precision) for site in program.sites}
+
+
+def _alike(program: Program, other: Program) -> bool:
+    """True where all rows have the same widths and all sites the same layout."""
+    return all(
+        program.fact(s.name, Codebooks).layout == other.fact(s.name, Codebooks).layout
+        and torch.equal(
+            program.fact(s.name, Precision).row_widths, other.fact(s.name, Precision).row_widths
+        )
+        for s in program.sites
+    )
+
+
+def _loss(program: Program, site: Site, width: float) -> float:
+    books = program.fact(site.name, Codebooks)
+    return float(books.loss[:, books.widths.index(width)].sum())
+
+
+def _decided(program: Program) -> str:
+    """A hash of codebooks and widths of all sites, and what they are judged on."""
     decided: dict[str, Tensor] = {}
     for site in program.sites:
         books = program.fact(site.name, Codebooks)
         decided |= {f"{site.name}.levels.{b}": table for b, table in books.levels.items()}
         decided |= {f"{site.name}.scales.{b}": s for b, s in (books.scales or {}).items()}
-        decided[f"{site.name}.widths"] = plan[site.name].row_widths
+        decided[f"{site.name}.widths"] = program.fact(site.name, Precision).row_widths
     decided |= {f"held out {i} {j}": t for i, b in enumerate(program.held_out)
                 for j, t in enumerate(b)}  # fmt: skip
     return fingerprint_of(decided)
 
 
-def _measure(program: Program, plans: Sequence[Widths], advance: Callable[[], None]) -> Tensor:
-    """How far each plan takes the model on the held-out batches: float64 [plans]."""
+def _measure(program: Program, plans: Sequence[Program], advance: Callable[[], None]) -> Tensor:
+    """How far the plans take the model on the held-out batches: float64 [plans]."""
     models = [dict(program.tensors) for _ in plans]
     reader = MomentsReader(program)
     for site in program.sites:
         rotation = program.fact(site.name, Rotation)
-        books = program.fact(site.name, Codebooks)
         weight = rotate(program.weight(site), rotation)
         for tensors, plan in zip(models, plans, strict=True):
-            widths = plan[site.name].row_widths
+            books = plan.fact(site.name, Codebooks)
+            widths = plan.fact(site.name, Precision).row_widths
             packed = quantize(weight, reader.read(site), books, widths, rotation)
             rounded = packed.dequantize(site.dtype)
             tensors[site.weight] = rounded.T if site.transposed else rounded

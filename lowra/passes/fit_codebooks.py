@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lowra.compiler.compact import PLAIN, Compact, round_levels, round_scales, span_of
 from lowra.compiler.errors import RecipeError, WeightError
-from lowra.compiler.facts import Codebooks, Statistics
+from lowra.compiler.facts import Codebooks, LayoutFits, Statistics
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
@@ -23,6 +24,7 @@ from lowra.passes.moments import InputMoments, MomentsReader, output_error
 from lowra.passes.paper_mappings import block_absmax, learn_mapping
 from lowra.passes.quantizer import row_tables, rows_of
 from lowra.passes.refine import Rounded
+from lowra.passes.stored_books import books_from, flat_books
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""
@@ -41,6 +43,9 @@ class FitCodebooks(Pass):
     (see `learn_mapping`).
     scale_bits, codebook_bits: in what scales (16, 8, 4) and levels (16, 8) are stored; both are
     rounded to it here, so that every later choice sees what the file will hold.
+    layouts: fit each of these layouts (lowra.compiler.layout) instead, for choose-layouts to pick
+    one per site, and leave LayoutFits; until it does, the first stands. A site that has a Layout
+    already, from a plan, is fitted in that one alone.
     `loss` is the expected rise of the model's loss where sensitivities are known, else the share of
     the site's output energy that is lost ("paper": squared weight error, as its section 6 counts).
     """
@@ -55,35 +60,58 @@ class FitCodebooks(Pass):
     threshold_average: str = "iterations"
     scale_bits: int = 16
     codebook_bits: int = 16
+    layouts: tuple[str, ...] = ()
 
     def run(self, program: Program) -> Program:
         if self.group == NO_SCALES and (self.shared or self.rule == "paper"):
             raise RecipeError("group=0 stores no scales: it needs shared=false and rule=default")
         if self.rule == "paper" and self._compact != PLAIN:
             raise RecipeError("rule=paper stores scales and codebooks in 16 bits")
+        if self.rule == "paper" and self.layouts:
+            raise RecipeError("rule=paper has one layout: leave layouts out")
         facts: dict[str, list[object]] = {}
         moments = MomentsReader(program)
         with stage("codebooks", len(program.sites)) as bar:
             for site in program.sites:
-                facts[site.name] = [self._kept(program, site, moments)]
+                facts[site.name] = self._site(program, site, moments)
                 bar.advance()
         return program.with_facts(facts)
 
+    def _site(self, program: Program, site: Site, moments: MomentsReader) -> list[object]:
+        """The codebooks of a site, and where several layouts were fitted, where they are kept."""
+        planned = program.find(site.name, Layout)
+        if planned is not None:
+            return [self._in(planned)._kept(program, site, moments)]
+        if not self.layouts:
+            return [self._kept(program, site, moments)]
+        steps = {layout: self._in(layout) for layout in map(Layout.parse, self.layouts)}
+        books = [step._kept(program, site, moments) for step in steps.values()]
+        files = {layout: program.spill.path(*step._key(program, site))
+                 for layout, step in steps.items()}  # fmt: skip
+        return [books[0], LayoutFits(self.widths, files)]
+
+    def _in(self, layout: Layout) -> FitCodebooks:
+        """This pass for one layout."""
+        return replace(
+            self, layouts=(), group=layout.group, shared=layout.shared,
+            scale_bits=layout.compact.scale_bits, codebook_bits=layout.compact.codebook_bits,
+        )  # fmt: skip
+
     def _kept(self, program: Program, site: Site, moments: MomentsReader) -> Codebooks:
         """The fit of a site, from the spill folder where an earlier compile left it."""
+        stored = program.spill.tensors(
+            self._key(program, site), lambda: flat_books(self._fit(program, site, moments))
+        )
+        paper = self.rule == "paper"
+        layout = Layout(self.group, self.shared and not paper, self._compact)
+        return books_from(stored, self.widths, layout, absmax=paper)
+
+    def _key(self, program: Program, site: Site) -> tuple[str, ...]:
+        """What the fit of a site depends on."""
         statistics = program.fact(site.name, Statistics)
         sources = (str(s and s.path.name) for s in (statistics.gram, statistics.sensitivity))
         rotation = str(program.fact(site.name, Rotation))
-        key = (repr(self), program.fingerprint, rotation, *sources, site.name)
-        stored = program.spill.tensors(key, lambda: _flat(self._fit(program, site, moments)))
-        scales = {b: stored[f"scales.{b}"] for b in self.widths if f"scales.{b}" in stored}
-        borders = {b: stored[f"thresholds.{b}"] for b in self.widths if f"thresholds.{b}" in stored}
-        return Codebooks(
-            self.widths, {b: stored[f"levels.{b}"] for b in self.widths}, scales or None,
-            stored["loss"], self.group, self.shared and self.rule != "paper",
-            absmax=self.rule == "paper", thresholds=borders or None, compact=self._compact,
-            span=stored.get("span"),
-        )  # fmt: skip
+        return (repr(self), program.fingerprint, rotation, *sources, site.name)
 
     @property
     def _compact(self) -> Compact:
@@ -199,15 +227,6 @@ def paper_codebooks(
         widths, levels, dict.fromkeys(widths, stored), torch.stack(losses, dim=1), group,
         shared=False, absmax=True, thresholds=thresholds,
     )  # fmt: skip
-
-
-def _flat(books: Codebooks) -> dict[str, Tensor]:
-    """Codebooks as named tensors."""
-    scales = {f"scales.{b}": scale.clone() for b, scale in (books.scales or {}).items()}
-    borders = {f"thresholds.{b}": table for b, table in (books.thresholds or {}).items()}
-    span = {} if books.span is None else {"span": books.span}
-    levels = {f"levels.{b}": table for b, table in books.levels.items()}
-    return levels | scales | borders | span | {"loss": books.loss}
 
 
 def row_weight(statistics: Statistics, weight: Tensor, gram: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from lowra.compiler.correction import correction_bits
 from lowra.compiler.facts import AdapterRank, Codebooks, Precision
 from lowra.compiler.program import Program, Site
-from lowra.compiler.stored_bits import row_bits, site_bits
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,10 @@ def plan_bits(program: Program, plan: Mapping[str, Precision], counted: Counted)
 
 
 def _site(program: Program, site: Site, precision: Precision, counted: Counted) -> int:
-    books = program.fact(site.name, Codebooks)
+    layout = program.fact(site.name, Codebooks).layout
     rows = precision.histogram()
-    bits = sum(
-        count * row_bits(site.k, width, books.group, books.shared, books.compact)
-        for width, count in rows.items()
-    )
-    bits += site_bits(site.n, tuple(rows), books.shared, books.compact, books.group, site.k)
+    bits = sum(count * layout.row_bits(site.k, width) for width, count in rows.items())
+    bits += layout.site_bits(site.n, site.k, tuple(rows))
     chosen = program.find(site.name, AdapterRank)
     rank = counted.adapter_rank if chosen is None else chosen.rank
     bits += 16 * rank * (site.n + site.k)

@@ -62,7 +62,7 @@ def relax(cost: Floats, bits: Ints, budget: int) -> Relaxed:
     """Climb the hulls greedily; the break gives the price of a bit, its dual value the bound."""
     cost, bits = np.ascontiguousarray(cost.T), np.ascontiguousarray(bits.T)
     rows = np.arange(cost.shape[1])
-    corners, slopes = _climb_hulls(cost, bits)
+    corners, slopes = climb_hulls(cost, bits)
     low = int(bits[corners[0], rows].sum())
     widest = np.where(np.isfinite(cost), bits, np.iinfo(np.int64).min).max(axis=0)
     high = int(widest.sum())
@@ -90,7 +90,7 @@ def relax(cost: Floats, bits: Ints, budget: int) -> Relaxed:
     )
 
 
-def _climb_hulls(cost: Floats, bits: Ints) -> tuple[Ints, Floats]:
+def climb_hulls(cost: Floats, bits: Ints) -> tuple[Ints, Floats]:
     """Corners of each row's lower hull, [options, rows], and slopes, [options - 1, rows].
 
     A row whose hull has ended repeats its last corner with slope 0.

@@ -98,7 +98,7 @@ def _drivers(program: Program, recipe: Recipe) -> dict[str, float]:
             if recipe.guided
             else min(recipe.calibration_tokens, SENSITIVITY_TOKENS)
         ),
-        "weight-widths": weights * len(recipe.candidate_widths),
+        "weight-widths": weights * len(recipe.candidate_widths) * len(recipe.candidate_layouts),
         "weight-columns": sum(site.n * site.k**2 for site in program.sites),
     }
 

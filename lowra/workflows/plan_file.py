@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from lowra.compiler.errors import OutputError, PlanError
 from lowra.compiler.facts import AdapterRank, Precision
+from lowra.compiler.layout import Layout
 from lowra.compiler.packing import WIDTHS, width_id, width_of
 from lowra.compiler.program import Program, Site
+from lowra.recipe import Recipe
 
 FORMAT = "lowra-plan"
 VERSION = 1
@@ -135,15 +137,30 @@ def has_widths(plan: Mapping[str, Any]) -> bool:
 
 
 def with_planned(program: Program, plan: Mapping[str, Any]) -> Program:
-    """The program with the widths (and ranks, where they were chosen) of a plan as facts."""
+    """The program with the widths (and layouts and ranks, where they were chosen) of a plan as
+    facts."""
     rows = {row["name"]: row for row in plan["sites"]}
+    layouts = Recipe.from_dict(plan["recipe"]).candidate_layouts
     facts: dict[str, list[object]] = {}
     for site in program.sites:
         row = rows[site.name]
         facts[site.name] = [Precision(decode_widths(row["row_widths"], site))]
+        if "layout" in row or len(layouts) > 1:
+            facts[site.name].append(_layout(row, layouts))
         if "rank" in row:
             rank = row["rank"]
             if type(rank) is not int or not 0 <= rank <= min(site.n, site.k):
                 raise PlanError(f"the plan's rank of {site.name} is {rank!r}; write the plan again")
             facts[site.name].append(AdapterRank(rank))
     return program.with_facts(facts)
+
+
+def _layout(row: Mapping[str, Any], layouts: Sequence[Layout]) -> Layout:
+    """The layout that a plan chose for a site, one of its recipe's. Raises PlanError."""
+    known = {str(layout): layout for layout in layouts}
+    if row.get("layout") not in known:
+        raise PlanError(
+            f"the plan's layout of {row['name']} is {row.get('layout')!r}, not one of its recipe's "
+            f"({', '.join(known)}); write the plan again"
+        )
+    return known[row["layout"]]

@@ -13,9 +13,9 @@ from lowra.compiler.correction import Correction, correction_bits
 from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError
 from lowra.compiler.facts import AdapterRank, Assigned, Packed, Precision, Statistics
+from lowra.compiler.layout import Layout
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.rotation import Rotation
-from lowra.compiler.stored_bits import row_bits, site_bits
 from lowra.passes.pins import Pin, bill_of_pins, pinned_widths
 from lowra.passes.plan_bits import Counted, plan_bits
 from lowra.recipe import Recipe
@@ -30,8 +30,8 @@ class Plan:
 
     Bits are per weight over all sites; sizes are bytes. `lowest_bits` to `highest_bits` is the
     interval that budgets can reach. `sites` and `skipped` are tables of plain data; once widths
-    are chosen each site carries its rows, `row_widths` and `rank`, and before a compile its
-    `expected_loss`. `file_bytes`: the checkpoint, with what is not compressed. `estimates`:
+    are chosen each site carries its rows and `row_widths`, `layout` and `rank` where these were
+    chosen, and before a compile its `expected_loss`. `file_bytes`: the checkpoint, with what is not compressed. `estimates`:
     relative output error, seconds and memory per stage, from shapes alone, before a compile.
     `assignment`: expected loss and proven bound, where widths were chosen. `measured`: what the
     passes that choose them found, and their seconds, where they ran without a compile.
@@ -151,9 +151,9 @@ def _measured(program: Program, recipe: Recipe, seconds: Mapping[str, float]) ->
 
 
 def _estimates(program: Program, recipe: Recipe, uncompressed_bytes: int) -> dict[str, Any]:
-    group, shared = recipe.layout
+    layout = recipe.layout
     uniform = {
-        width: sum(site_total(s, width, (width,), group, shared, recipe) for s in program.sites)
+        width: sum(site_total(s, width, (width,), layout, recipe) for s in program.sites)
         for width in recipe.candidate_widths
     }
     weights = sum(site.weights for site in program.sites)
@@ -179,14 +179,15 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
     assigned = program.find(site.name, Assigned)
     if assigned is not None and not packed:
         row["expected_loss"] = assigned.loss
+    if layout := program.find(site.name, Layout):
+        row["layout"] = str(layout)
     if chosen := program.find(site.name, AdapterRank):
         row["rank"] = chosen.rank
     return row
 
 
 def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
-    """Least (rounded up to 0.001) and most bits per weight that widths and pins allow."""
-    group, shared = recipe.layout
+    """Least (rounded up to 0.001) and most bits per weight that widths, layouts and pins allow."""
     fixed = recipe.widths is not None or recipe.is_paper
     widths = recipe.candidate_widths
     widest = max(widths) if fixed else 8
@@ -194,13 +195,18 @@ def reachable(program: Program, recipe: Recipe) -> tuple[float, float]:
     pinned = _pinned(program, recipe)
     free = any(site.name not in pinned for site in program.sites)
     always = {*recipe.pins.values(), *([min(widths)] if free else [])}
-    for site in program.sites:
-        own = [pinned[site.name][1]] if site.name in pinned else []
-        for end, width in enumerate(own * 2 or (min(widths), widest)):
-            stored = tuple({width, *always})
-            totals[end] += site_total(site, width, stored, group, shared, recipe)
-        if recipe.rank == "auto":
-            totals[1] += 16 * recipe.largest_rank * (site.n + site.k)
+    for unit in _units(program, recipe):
+        for end, (width, extreme) in enumerate(((min(widths), min), (widest, max))):
+            totals[end] += extreme(
+                sum(
+                    site_total(s, own, tuple({own, *always}), layout, recipe)
+                    for s in unit
+                    for own in [pinned[s.name][1] if s.name in pinned else width]
+                )
+                for layout in recipe.candidate_layouts
+            )
+    if recipe.rank == "auto":
+        totals[1] += sum(16 * recipe.largest_rank * (s.n + s.k) for s in program.sites)
     weights = sum(site.weights for site in program.sites)
     low, high = (math.ceil(1000 * total / weights) / 1000 for total in totals)
     return low, high
@@ -211,16 +217,22 @@ def _pinned(program: Program, recipe: Recipe) -> dict[str, Pin]:
     return pinned_widths(program.sites, groups, tuple(recipe.pins.items()))
 
 
+def _units(program: Program, recipe: Recipe) -> list[tuple[Site, ...]]:
+    """Sites that share a layout, as choose-layouts has them."""
+    groups = [] if program.graph is None else recipe.assignment().site_groups(program)
+    return groups or [(site,) for site in program.sites]
+
+
 def site_total(
-    site: Site, width: float, widths: tuple[float, ...], group: int, shared: bool, recipe: Recipe
+    site: Site, width: float, widths: tuple[float, ...], layout: Layout, recipe: Recipe
 ) -> int:
     """Bits of a site at one width that stores the codebooks of `widths`, LoRA if it is counted."""
     if recipe.is_paper:
         return site.weights * int(width)
     lora = 16 * recipe.fixed_rank * (site.n + site.k) if recipe.count_adapters else 0
-    beside = site_bits(site.n, widths, shared, recipe.compact, group, site.k)
+    beside = layout.site_bits(site.n, site.k, widths)
     beside += correction_bits(site.n, site.k, recipe.correction_rank, recipe.correction_bits)
-    return site.n * row_bits(site.k, width, group, shared, recipe.compact) + beside + lora
+    return site.n * layout.row_bits(site.k, width) + beside + lora
 
 
 def check_budget(program: Program, recipe: Recipe) -> None:
@@ -235,12 +247,13 @@ def check_budget(program: Program, recipe: Recipe) -> None:
     low, high = reachable(program, recipe)
     if recipe.bit_budget >= low:
         return
-    group, shared = recipe.layout
     pins = f" with pins {dict(recipe.pins)}" if recipe.pins else ""
     bill = bill_of_pins(
         program.sites,
         _pinned(program, recipe),
-        lambda site, width: site_total(site, width, (width,), group, shared, recipe),
+        lambda site, width: min(
+            site_total(site, width, (width,), layout, recipe) for layout in recipe.candidate_layouts
+        ),
     )
     raise BudgetError(
         f"bit_budget={recipe.bit_budget:g} is out of reach{pins}: this model can be stored in "

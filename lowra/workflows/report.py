@@ -17,6 +17,7 @@ from lowra.compiler.facts import (
     AdapterTuning,
     Assigned,
     BlockTuning,
+    Codebooks,
     ModelTuning,
     Packed,
     RotationTrial,
@@ -33,7 +34,8 @@ def make_report(program: Program, stages: Mapping[str, float], seconds: float) -
     the relative output error tr(E G E') / tr(W G W') of the base alone, correction included,
     `error_with_adapter` with LoRA; both in plain weight norm for a data-free compile. `rotation` is
     the block of a site's input rotation (1 is none), `rotation_losses` what its input lost in the
-    trial with and without (None where none was held); the totals count distinct inputs.
+    trial with and without (None where none was held); the totals count distinct inputs. `layout` is
+    how the site stores scales and codebooks (lowra.compiler.layout), `layouts` counts sites.
     """
     sites = [_site_row(program, site) for site in program.sites]
     tokens = max((program.fact(s.name, Statistics).tokens for s in program.sites), default=0)
@@ -117,6 +119,7 @@ def _site_row(program: Program, site: Site) -> dict[str, Any]:
         "name": site.name,
         "shape": [site.n, site.k],
         "rows": {str(width): rows for width, rows in packed.weight.rows.items()},
+        "layout": str(program.fact(site.name, Codebooks).layout),
         "stored_bits": stored / site.weights,
         "correction_bits": beside / site.weights,
         "correction_rank": 0 if correction is None else correction.rank,
@@ -149,6 +152,7 @@ def _totals(program: Program, sites: list[dict[str, Any]]) -> dict[str, Any]:
         "adapter_bits": adapter / weights,
         "bytes": sum(site["bytes"] for site in sites),
         "rows": {width: rows[width] for width in sorted(rows, key=float)},
+        "layouts": dict(Counter(site["layout"] for site in sites).most_common()),
         "inputs": len(inputs),
         "rotated_inputs": sum(rotation.active for rotation in inputs),
     }

@@ -175,11 +175,12 @@ def test_adapters_are_charged_to_the_budget_when_counted() -> None:
 def test_corrections_are_charged_to_the_bit(bits: int) -> None:
     """What rows may take is the budget less what corrections store, whatever the budget."""
     program = planned(AssignPrecision(5.0))
-    sites, layout = program.sites, program.fact("up", Codebooks)
-    plain = AssignPrecision(5.0).row_budget(sites, WIDTHS, layout)
+    sites = program.sites
+    layouts = {site.name: program.fact(site.name, Codebooks).layout for site in sites}
+    plain = AssignPrecision(5.0).row_budget(sites, WIDTHS, layouts)
     step = AssignPrecision(5.0, correction_rank=2, correction_bits=bits)
     stored = sum(correction_bits(site.n, site.k, 2, bits) for site in sites)
-    assert step.row_budget(sites, WIDTHS, layout) == plain - stored
+    assert step.row_budget(sites, WIDTHS, layouts) == plain - stored
     fitted = compiled((FitCodebooks(WIDTHS, -1, True),))
     total = sum(site.weights for site in fitted.sites)
     for budget in (8.5, 7.0):

@@ -1,0 +1,67 @@
+"""Layout: how a site stores scales and codebooks, and what that costs.
+
+As text a layout is `row8-shared16`: how scales lie and in how many bits (`row8`, one per row;
+`64x4`, one per 64 columns; `none`), then whose codebooks are and in how many bits their values
+(`shared16` by the rows of a site, `own8` for each row).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lowra.compiler.compact import CODEBOOK_BITS, PLAIN, SCALE_BITS, Compact
+from lowra.compiler.errors import RecipeError
+from lowra.compiler.stored_bits import NO_SCALES, ROW_SCALES, row_bits, site_bits
+
+FORM = re.compile(r"(?:(row|\d{1,6}x)(\d+)|none)-(shared|own)(\d+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns per scale (-1 one per row, 0 none), whether a site's rows share a codebook per width,
+    and in how many bits both are stored. On a site, the layout that was chosen for it (a fact)."""
+
+    group: int = ROW_SCALES
+    shared: bool = True
+    compact: Compact = PLAIN
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """The layout of a text such as `64x4-shared16`. Raises RecipeError."""
+        found = FORM.fullmatch(text)
+        if found is None:
+            raise RecipeError(
+                f"layout {text!r} is none: write row8-shared16, 64x4-shared16 or none-own8 (scales "
+                "per row, per 64 columns or none, in so many bits; codebooks shared or a row's own)"
+            )
+        scales, scale_bits, owner, codebook_bits = found.groups()
+        group = NO_SCALES if scales is None else ROW_SCALES
+        group = int(scales[:-1]) if scales not in (None, "row") else group
+        compact = Compact(int(scale_bits or 16), int(codebook_bits))
+        for what, value, legal in (
+            ("scales", compact.scale_bits, SCALE_BITS),
+            ("codebook values", compact.codebook_bits, CODEBOOK_BITS),
+        ):
+            if value not in legal:
+                bits = ", ".join(map(str, legal))
+                raise RecipeError(f"layout {text!r}: {what} of {value} bits, not {bits}")
+        if (group == NO_SCALES and (scales or owner == "shared")) or group > 1 << 16:
+            raise RecipeError(
+                f"layout {text!r}: shared codebooks need scales, and a scale 1 to 65536 columns"
+            )
+        return cls(group, owner == "shared", compact)
+
+    def __str__(self) -> str:
+        scales = f"row{self.compact.scale_bits}"
+        if self.group != ROW_SCALES:
+            scales = f"{self.group}x{self.compact.scale_bits}" if self.group else "none"
+        return f"{scales}-{'shared' if self.shared else 'own'}{self.compact.codebook_bits}"
+
+    def row_bits(self, k: int, width: float) -> int:
+        """Stored bits of one row of `k` weights at `width`, with all that it does not share."""
+        return row_bits(k, width, self.group, self.shared, self.compact)
+
+    def site_bits(self, n: int, k: int, widths: tuple[float, ...]) -> int:
+        """Stored bits beside the rows of a site [n, k] that holds tables of `widths`."""
+        return site_bits(n, widths, self.shared, self.compact, self.group, k)

@@ -1,0 +1,40 @@
+"""A layout's text says it all, and its bits are those of the storage format."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowra.compiler.compact import Compact
+from lowra.compiler.errors import RecipeError
+from lowra.compiler.layout import Layout
+from lowra.compiler.stored_bits import row_bits, site_bits
+
+LAYOUTS = [
+    ("row8-shared16", Layout(-1, True, Compact(8, 16))),
+    ("row16-own16", Layout(-1, False)),
+    ("64x4-shared16", Layout(64, True, Compact(4, 16))),
+    ("128x8-own8", Layout(128, False, Compact(8, 8))),
+    ("none-own8", Layout(0, False, Compact(16, 8))),
+]
+
+
+@pytest.mark.parametrize(("text", "layout"), LAYOUTS)
+def test_a_layout_reads_back_from_its_text(text: str, layout: Layout) -> None:
+    assert Layout.parse(text) == layout and str(layout) == text
+
+
+@pytest.mark.parametrize(("text", "layout"), LAYOUTS)
+def test_its_bits_are_those_of_the_format(text: str, layout: Layout) -> None:
+    group, shared, compact = layout.group, layout.shared, layout.compact
+    for width in (1, 1.6, 4):
+        assert layout.row_bits(576, width) == row_bits(576, width, group, shared, compact)
+    assert layout.site_bits(7, 576, (1, 2)) == site_bits(7, (1, 2), shared, compact, group, 576)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "row", "row8", "row8-shared", "none8-own8", "-1x8-shared16", "64-shared16",
+             "none-shared16", "row8-shared4", "row7-own8", "0x4-shared16", "99999x4-own8"],
+)  # fmt: skip
+def test_what_is_no_layout_is_refused_by_its_text(text: str) -> None:
+    with pytest.raises(RecipeError, match=f"layout '{text}'"):
+        Layout.parse(text)
