@@ -7,6 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowra.cli.advanced import (
+    ADVANCED,
+    CodebookBitsOption,
+    CorrectionBitsOption,
+    CorrectionRankOption,
+    GroupOption,
+    GuidedOption,
+    InitOption,
+    LayoutsOption,
+    RotationOption,
+    ScaleBitsOption,
+    SharedCodebooksOption,
+    advanced_fields,
+)
 from lowra.cli.calibration_options import (
     CalibrationOption,
     CalibrationTokensOption,
@@ -50,7 +64,7 @@ if TYPE_CHECKING:
 RECIPE_OPTIONS = (
     "bits", "preset", "rank", "widths", "unit", "pin", "include", "ignore", "count_adapters",
     "calibration_tokens", "context", "seed",
-    "tune", "tune_steps",
+    "tune", "tune_steps", *ADVANCED,
 )  # fmt: skip
 
 
@@ -87,6 +101,16 @@ def compile_model(
     ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
     overwrite: OverwriteOption = False,
+    layouts: LayoutsOption = None,
+    group: GroupOption = None,
+    scale_bits: ScaleBitsOption = None,
+    codebook_bits: CodebookBitsOption = None,
+    shared_codebooks: SharedCodebooksOption = None,
+    rotation: RotationOption = None,
+    guided: GuidedOption = None,
+    init: InitOption = None,
+    correction_rank: CorrectionRankOption = None,
+    correction_bits: CorrectionBitsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -107,7 +131,7 @@ def compile_model(
             bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
             include=include, ignore=ignore, count_adapters=count_adapters,
             calibration_tokens=calibration_tokens, context=context, seed=seed,
-            tune=tune.value, tune_steps=tune_steps,
+            tune=tune.value, tune_steps=tune_steps, **advanced_fields(ctx),
         )}  # fmt: skip
     _check_output(out, overwrite)
     if save_plan is not None:

@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowra.cli.advanced import (
+    CodebookBitsOption,
+    CorrectionBitsOption,
+    CorrectionRankOption,
+    GroupOption,
+    GuidedOption,
+    InitOption,
+    LayoutsOption,
+    RotationOption,
+    ScaleBitsOption,
+    SharedCodebooksOption,
+    advanced_fields,
+)
 from lowra.cli.calibration_options import (
     CalibrationOption,
     CalibrationTokensOption,
@@ -76,6 +89,16 @@ def plan_model(
         typer.Option(metavar="PLAN.json", help="Write the plan, for lowra compile --plan."),
     ] = None,
     overwrite: OverwriteOption = False,
+    layouts: LayoutsOption = None,
+    group: GroupOption = None,
+    scale_bits: ScaleBitsOption = None,
+    codebook_bits: CodebookBitsOption = None,
+    shared_codebooks: SharedCodebooksOption = None,
+    rotation: RotationOption = None,
+    guided: GuidedOption = None,
+    init: InitOption = None,
+    correction_rank: CorrectionRankOption = None,
+    correction_bits: CorrectionBitsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -91,7 +114,7 @@ def plan_model(
     recipe = make_recipe(
         bit_budget=bits, preset=preset, rank=rank, widths=widths, unit=unit, pin=pin,
         include=include, ignore=ignore, count_adapters=count_adapters,
-        calibration_tokens=calibration_tokens, context=context, seed=seed,
+        calibration_tokens=calibration_tokens, context=context, seed=seed, **advanced_fields(ctx),
     )  # fmt: skip
     if not measure:
         refuse_options(ctx, ("calibration", "work_dir"), "a plan from shapes; add --measure")

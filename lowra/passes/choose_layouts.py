@@ -26,7 +26,7 @@ Plan = tuple[int, ...]
 """Per unit, the index of its layout."""
 
 LOOKS = 12
-"""Plans of the relaxation that may be planned to the end; with hundreds of sites one or two are."""
+"""Most promising plans, which are planned to the end where their bound does not rule them out."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class ChooseLayouts(Pass):
 
     def _best(self, options: _Options, step: AssignPrecision) -> Plan:
         """The plan of least expected loss among those looked at; out of reach, the smallest one."""
-        best, least = options.smallest(), math.inf
+        best, least = None, math.inf
         for bound, plan in itertools.chain(
             itertools.islice(options.ranked(), LOOKS), options.uniform()
         ):
-            if bound >= least:
+            if bound >= least or not options.fits(plan):
                 continue
             loss = step.least_loss(options.placed(plan))
             if loss < least:
                 best, least = plan, loss
-        return best
+        return best or options.smallest()
 
 
 class _Options:
@@ -131,6 +131,14 @@ class _Options:
                 if priced := price_of_bits(alone, self.budget):
                     yield priced.bound, (place,) * len(self.units)
                     break
+
+    def fits(self, plan: Plan) -> bool:
+        """True where the narrowest rows of a plan fit the budget."""
+        return any(
+            sum(int(unit[place].bits[0]) for unit, place in zip(units, plan, strict=True))
+            <= self.budget
+            for units in self._open_frontiers()
+        )
 
     def smallest(self) -> Plan:
         """Per unit the layout of fewest bits."""

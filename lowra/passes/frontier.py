@@ -126,10 +126,14 @@ def ranked(
     """All choices of options, the most promising first, each with its dual bound at the price.
 
     A bound is that of the best choice and what each unit loses by another option, at that price.
+    The first is `priced.choice`, which fits the budget; others may not.
     """
-    price = priced.price
-    values = [[o.at(price)[0] + price * o.at(price)[1] for o in unit] for unit in units]
-    orders = [sorted(range(len(row)), key=row.__getitem__) for row in values]
+    ends = [[option.at(priced.price) for option in unit] for unit in units]
+    values = [[loss + priced.price * bits for loss, bits in unit] for unit in ends]
+    orders = [
+        sorted(range(len(row)), key=lambda o, row=row, unit=unit: (row[o], unit[o][1]))
+        for row, unit in zip(values, ends, strict=True)
+    ]
     best = tuple(0 for _ in units)
     waiting = [(0.0, best, 0)]
     while waiting:

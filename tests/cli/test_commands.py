@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
 
+from lowra.cli.advanced import ADVANCED
 from lowra.cli.options import Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output
 from lowra.cli.plan_tables import comparison_text
 from lowra.cli.tables import bytes_text, group_alike
+from lowra.recipe import Recipe
 from lowra.recipe_checks import PRESETS, TUNES, UNITS
 from lowra.runtime.checkpoint_reader import DTYPES
 from tests.cli.conftest import QUICK
@@ -47,6 +50,33 @@ def test_plan_as_json(lowra, dense, no_graph):
     assert "lm_head" in {site["name"] for site in data["sites"]}
     reasons = {row["name"]: row["reason"] for row in data["skipped"]}
     assert reasons["model.layers.0.self_attn.o_proj.weight"] == "ignored by the recipe"
+
+
+def test_advanced_options_are_the_recipes_fields_in_a_panel_of_their_own(lowra, dense, no_graph):
+    recipe = lowra.json(
+        "plan", dense, "--bits", 5, "--group", 32, "--scale-bits", 4, "--codebook-bits", 8,
+        "--own-codebooks", "--no-rotation", "--guided", 1, "--init", "zero",
+    )["recipe"]  # fmt: skip
+    assert (recipe["group"], recipe["scale_bits"], recipe["codebook_bits"]) == (32, 4, 8)
+    assert recipe["shared_codebooks"] is False and recipe["rotation"] is False
+    assert (recipe["guided"], recipe["init"]) == (1, "zero")
+    recipe = lowra.json(
+        "plan", dense, "--bits", 5, "--layouts", "row8-shared16, 32x4-own8", "--rotation",
+        "--correction-rank", 2, "--correction-bits", 8,
+    )["recipe"]  # fmt: skip
+    assert recipe["layouts"] == ["row8-shared16", "32x4-own8"] and recipe["rotation"] is True
+    assert (recipe["correction_rank"], recipe["correction_bits"]) == (2, 8)
+    assert {field.name for field in dataclasses.fields(Recipe)} >= set(ADVANCED)
+    help_text = lowra("plan", "--help").stdout
+    assert "Advanced" in help_text
+
+
+def test_compile_chooses_layouts(lowra, dense, tmp_path):
+    data = lowra.json("compile", dense, tmp_path / "o", *QUICK, "--layouts", "auto", "--rank", 0)
+    assert data["recipe"]["layouts"] == "auto"
+    assert data["totals"]["stored_bits"] <= 3
+    assert sum(data["totals"]["layouts"].values()) == len(data["sites"])
+    assert "choose-layouts" in data["pipeline"]
 
 
 def test_compile_as_json(compiled):

@@ -108,6 +108,19 @@ def test_no_mix_of_layouts_loses_less_within_the_budget(
     assert np.isclose(found, losses[tuple(done.fact(s.name, Layout) for s in done.sites)])
 
 
+def test_the_smallest_budget_that_any_mix_can_meet_is_met() -> None:
+    program = fitted(3)
+    narrow = (1.0,)
+    least = sum(
+        min(site.n * one.row_bits(site.k, 1) + one.site_bits(site.n, site.k, narrow)
+            for one in LAYOUTS)
+        for site in program.sites
+    )  # fmt: skip
+    budget = (least + 0.5) / sum(site.weights for site in program.sites)
+    done = run_pipeline(program, (ChooseLayouts(budget), AssignPrecision(budget)))
+    assert {w for s in done.sites for w in done.fact(s.name, Precision).histogram()} == {1}
+
+
 @pytest.mark.parametrize("looks", [0, 1])
 def test_no_single_layout_loses_less_however_few_plans_are_looked_at(
     looks: int, monkeypatch: pytest.MonkeyPatch

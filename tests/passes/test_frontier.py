@@ -100,6 +100,7 @@ def test_every_choice_comes_up_once_with_a_bound_that_rises_and_holds(
     found = list(ranked(frontiers(units), priced))
     assert {plan for _, plan in found} == set(itertools.product(*(range(len(u)) for u in units)))
     assert len(found) == len({plan for _, plan in found})
+    assert found[0] == (priced.bound, priced.choice.options)
     bounds = [bound for bound, _ in found]
     assert all(b >= a - 1e-12 for a, b in itertools.pairwise(bounds))
     for bound, plan in found[:8]:

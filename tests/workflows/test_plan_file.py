@@ -111,6 +111,42 @@ def test_ternary_rows_and_small_scales_are_replayed() -> None:
     assert second.lowra.plan["sites"] == first.lowra.plan["sites"]
 
 
+CANDIDATES = ("64x4-shared16", "row8-shared16", "32x4-own8")
+
+
+def test_chosen_layouts_are_replayed_to_the_same_bytes(tmp_path: Path) -> None:
+    first = compile_stack(bit_budget=4, rank=2, seed=3, layouts=CANDIDATES)
+    plan = read_plan(write_plan(first.lowra.plan, tmp_path / "plan.json"))
+    chosen = {site["name"]: site["layout"] for site in plan["sites"]}
+    report = first.lowra.report
+    assert {site["name"]: site["layout"] for site in report["sites"]} == chosen
+    assert sum(report["totals"]["layouts"].values()) == len(chosen)
+    assert "choose-layouts{budget=4.0}" in report["pipeline"]
+    second = compile_stack(plan=plan)
+    assert same_tensors(first, second)
+    assert "choose-layouts" not in second.lowra.report["pipeline"]
+    again = json.loads(json.dumps(second.lowra.plan["sites"]))
+    assert again == plan["sites"]
+
+
+@pytest.mark.parametrize("layout", ["128x4-shared16", "row8", 5, None])
+def test_an_edited_plan_with_a_layout_that_is_no_candidate_is_refused(layout: Any) -> None:
+    plan = json.loads(json.dumps(compile_stack(bit_budget=4, layouts=CANDIDATES[:2]).lowra.plan))
+    plan["sites"][1]["layout"] = layout
+    with pytest.raises(PlanError, match="layout of middle is .*, not one of its recipe's"):
+        compile_stack(plan=plan)
+    del plan["sites"][1]["layout"]
+    with pytest.raises(PlanError, match="layout of middle is None"):
+        compile_stack(plan=plan)
+
+
+def test_a_layout_in_the_plan_of_a_recipe_with_another_is_refused() -> None:
+    plan = planned()
+    plan["sites"][0]["layout"] = "64x4-shared16"
+    with pytest.raises(PlanError, match="not one of its recipe's .row8-shared16."):
+        compile_stack(plan=plan)
+
+
 def test_a_replay_keeps_the_widths_of_other_calibration_data() -> None:
     plan = planned()
     replayed = compile_stack(plan=plan, calibration=torch.randn(8, 64))

@@ -171,6 +171,20 @@ def test_the_lowest_budget_can_be_met_whatever_the_layout(options: dict[str, Any
     assert counted <= lowest + 1e-6
 
 
+@pytest.mark.parametrize("unit", ["row", "siblings"])
+def test_layouts_to_choose_from_widen_the_interval_and_its_end_can_be_met(unit: str) -> None:
+    layouts = ("64x4-shared16", "row4-shared16", "none-own8")
+    single = [plan_of(layouts=one, unit=unit, bit_budget=8) for one in layouts]
+    every = plan_of(layouts=layouts, unit=unit, bit_budget=8)
+    assert every.lowest_bits <= min(plan.lowest_bits for plan in single)
+    assert every.highest_bits >= max(plan.highest_bits for plan in single)
+    lowest = every.lowest_bits
+    compiled = compile_stack(bit_budget=lowest + 1e-6, layouts=layouts, unit=unit)
+    assert stored(compiled) <= lowest + 1e-6
+    with pytest.raises(BudgetError, match=f"can be stored in {lowest:.3f} to"):
+        compile_stack(bit_budget=lowest - 0.002, layouts=layouts, unit=unit)
+
+
 def test_the_paper_counts_codes_alone() -> None:
     plan = plan_of(bit_budget=2.5, preset="lowra")
     assert plan.counts == "code bits"

@@ -1,0 +1,81 @@
+"""Options of `compile` and `plan` for the fields of a recipe that few need, in their own panel.
+
+Both commands list them, so that --help shows them; their values are read from the context.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+PANEL = "Advanced"
+
+LayoutsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|LIST", rich_help_panel=PANEL,
+        help="Layouts to choose from per site, such as row8-shared16,64x4-shared16; "
+        "auto: a short list.",
+    ),
+]  # fmt: skip
+GroupOption = Annotated[
+    int | None,
+    typer.Option(help="Columns per scale; -1 one per row, 0 none.", rich_help_panel=PANEL),
+]
+ScaleBitsOption = Annotated[
+    int | None, typer.Option(help="Bits per scale: 16, 8 or 4.", rich_help_panel=PANEL)
+]
+CodebookBitsOption = Annotated[
+    int | None, typer.Option(help="Bits per codebook value: 16 or 8.", rich_help_panel=PANEL)
+]
+SharedCodebooksOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--shared-codebooks/--own-codebooks",
+        help="Codebooks shared by the rows of a site, or one per row.",
+        rich_help_panel=PANEL,
+    ),
+]
+RotationOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--rotation/--no-rotation",
+        help="Rotate every input, or none; by default where it pays.",
+        rich_help_panel=PANEL,
+    ),
+]
+GuidedOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Groups of rows with a metric of their own: 1, 2 or 4.", rich_help_panel=PANEL
+    ),
+]
+InitOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW", rich_help_panel=PANEL,
+        help="How the adapter starts: closed-form, two-sided, alternate, loftq or zero.",
+    ),
+]  # fmt: skip
+CorrectionRankOption = Annotated[
+    int | None,
+    typer.Option(help="Rank of a frozen correction, within the budget.", rich_help_panel=PANEL),
+]
+CorrectionBitsOption = Annotated[
+    int | None, typer.Option(help="Bits per value of it: 4 or 8.", rich_help_panel=PANEL)
+]
+
+ADVANCED = (
+    "layouts", "group", "scale_bits", "codebook_bits", "shared_codebooks", "rotation", "guided",
+    "init", "correction_rank", "correction_bits",
+)  # fmt: skip
+"""Names of these options, which are those of the recipe's fields."""
+
+
+def advanced_fields(ctx: typer.Context) -> dict[str, Any]:
+    """The recipe's fields that these options give; None where one was not given."""
+    fields = {name: ctx.params[name] for name in ADVANCED}
+    if fields["layouts"] not in (None, "auto"):
+        fields["layouts"] = tuple(text.strip() for text in fields["layouts"].split(","))
+    return fields
