@@ -21,7 +21,7 @@ PREFIX = 0.3
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
 AUTO_LAYOUTS = (
-    "row8-shared16", "128x4-shared16", "64x4-shared16", "32x4-shared16", "none-own8",
+    "row8-shared16", "128x4-shared16", "64x4-shared16",
 )  # fmt: skip
 """What layouts="auto" offers, the default's first (decision 13)."""
 

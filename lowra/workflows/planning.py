@@ -29,12 +29,13 @@ class Plan:
     """What a compile would do, or did. As a file it can be replayed (docs/guide-plans.md).
 
     Bits are per weight over all sites; sizes are bytes. `lowest_bits` to `highest_bits` is the
-    interval that budgets can reach. `sites` and `skipped` are tables of plain data; once widths
-    are chosen each site carries its rows and `row_widths`, `layout` and `rank` where these were
-    chosen, and before a compile its `expected_loss`. `file_bytes`: the checkpoint, with what is not compressed. `estimates`:
-    relative output error, seconds and memory per stage, from shapes alone, before a compile.
-    `assignment`: expected loss and proven bound, where widths were chosen. `measured`: what the
-    passes that choose them found, and their seconds, where they ran without a compile.
+    interval that budgets can reach. `sites` and `skipped` are tables of plain data; once widths are
+    chosen each site carries its rows and `row_widths`, `layout` and `rank` where these were chosen,
+    and before a compile its `expected_loss`. `file_bytes`: the checkpoint, with what is not
+    compressed. `estimates`: relative output error, seconds and memory per stage, from shapes alone,
+    before a compile. `assignment`: expected loss and proven bound, where widths were chosen.
+    `measured`: what the passes that choose them found, and their seconds, where they ran without a
+    compile.
     `fingerprint` is that of the weights, or empty where only their shapes were read.
     """
 

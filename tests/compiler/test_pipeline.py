@@ -19,11 +19,13 @@ from lowra.compiler.facts import (
     Assigned,
     BlockTuning,
     Codebooks,
+    LayoutFits,
     ModelTuning,
     Packed,
     Precision,
     Statistics,
 )  # fmt: skip
+from lowra.compiler.layout import Layout
 from lowra.compiler.pipeline import Pass, parse_pipeline, print_pipeline, run_pipeline
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
@@ -237,7 +239,7 @@ def test_a_pass_that_breaks_a_site_is_named() -> None:
 def test_every_pass_declares_facts_as_types() -> None:
     known = {
         Statistics, Codebooks, Precision, Assigned, AdapterRank, Packed, Correction, Adapter,
-        Rotation, BlockTuning, ModelTuning, AdapterTuning,
+        Rotation, Layout, LayoutFits, BlockTuning, ModelTuning, AdapterTuning,
     }  # fmt: skip
     for kind in PASSES:
         assert set(kind.reads) | set(kind.writes) <= known

@@ -17,6 +17,7 @@ from lowra.compiler.facts import Assigned, Codebooks, LayoutFits, Packed, Precis
 from lowra.compiler.layout import Layout
 from lowra.compiler.packing import levels_of, width_id
 from lowra.compiler.pipeline import run_pipeline
+from lowra.compiler.printer import print_program
 from lowra.compiler.program import Program, Site
 from lowra.compiler.spill import Spill, write_tensors
 from lowra.passes import (
@@ -26,10 +27,12 @@ from lowra.passes import (
     CompareUniform,
     FitCodebooks,
     QuantizeWeights,
+    RewriteLinears,
     RotateInputs,
     choose_layouts,
 )
 from lowra.passes.stored_books import flat_books, in_layouts
+from tests.golden_text import GoldenFile
 from tests.passes.chain import X, chain
 from tests.passes.site_programs import compiled, site_program, two_sites
 
@@ -213,3 +216,21 @@ def test_a_plan_of_chosen_layouts_is_held_against_one_width_in_one_layout() -> N
     kept = {done.fact(s.name, Layout) for s in done.sites}
     assert len(kept) == 1
     assert all(done.fact(s.name, Codebooks).layout in kept for s in done.sites)
+
+
+def test_a_program_of_chosen_layouts(golden: GoldenFile) -> None:
+    """Half of the columns of two sites are loud and read quiet inputs: a scale per half row pays
+    there, and not at the last site."""
+    loud = torch.where(torch.arange(64) < 32, 8.0, 1.0)
+    program, x = graph_program(), X / loud
+    tensors = {name: tensor * loud if name in ("left.weight", "right.weight") else tensor
+               for name, tensor in program.tensors.items()}  # fmt: skip
+    program = replace(program, tensors=tensors, calibration=((x[:300],),))
+    fit = (RotateInputs(rule="never"), CollectStatistics(), FIT)
+    steps = (ChooseLayouts(3.9), AssignPrecision(3.9), QuantizeWeights(), RewriteLinears())
+    done = run_pipeline(program, (*fit, *steps))
+    assert [str(done.fact(n, Layout)) for n in ("left", "last")] == [TEXTS[1], TEXTS[0]]
+    golden.check(print_program(done))
+    wanted, found = program.module()(x), done.module()(x)
+    lost = (found - wanted).detach().square().sum() / wanted.detach().square().sum()
+    assert float(lost) < 0.05
