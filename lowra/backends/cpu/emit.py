@@ -14,7 +14,8 @@ ELEMENTS = {"int8": (1, 1), "int16": (1, 2), "bfloat16": (2, 1), "float32": (4, 
 LOOKED_UP = (1, 2, 3, 4, 9)
 """Ids of widths whose codebook fits a register; wider rows are multiplied in float32."""
 
-PARTS = ("numbers", "weight", "tables", "activations", "rows_exact", "product")
+BEFORE = ("tables", "activations", "tokens", "rows_exact")
+"""Fixed parts in their order, between the vector operations and what multiplies rows."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def key_of(tier: Tier, activations: str, widths: set[int], group_scales: bool) -
 def emit(key: KernelKey) -> str:
     """The whole source of the product kernel of `key`."""
     element, parts = ELEMENTS[key.activations]
-    most_tokens = 2 if parts == 2 else 4
+    most_tokens = max(1, key.tier.most_tokens // parts)
     pieces = [
         f"// {key.name}: y = x W' + bias + scaling (x A') B'",
         _part("parallel"),
@@ -57,9 +58,9 @@ def emit(key: KernelKey) -> str:
         _part("product/numbers"),
         _part("product/weight"),
         *([_part(f"product/{key.tier.vectors}")] if key.widths else []),
-        *(_part(f"product/{name}") for name in PARTS[2:-1]),
+        *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
-        _part("product/product"),
+        *(_part(f"product/{name}") for name in ("rows", "bits", "product", "values")),
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),

@@ -47,7 +47,7 @@ def values(
     out = _scratch(shape, dtype) if reuse else torch.empty(shape, dtype=dtype)
     part = _Part(out.data_ptr(), rows.start, rows.stop, columns.start, columns.stop, KINDS[dtype])
     ready.kernel.lowra_values(
-        ctypes.addressof(weight), ctypes.addressof(part), torch.get_num_threads()
+        ready.address, ctypes.addressof(part), torch.get_num_threads()
     )
     return out
 
@@ -107,7 +107,7 @@ def turn(x: Tensor, ready: Prepared, back: bool) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     ready.kernel.lowra_turn(
-        ctypes.addressof(ready.weight), x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0],
+        ready.address, x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0],
         KINDS[x.dtype], back, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -39,15 +39,14 @@ class _Weight(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Call(ctypes.Structure):
-    """`Call` of sources/product/weight.h."""
+class _Extras(ctypes.Structure):
+    """`Extras` of sources/product/weight.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "y", "bias", "a", "b")),
-        *((name, ctypes.c_int64) for name in ("m", "x_stride", "rank")),
+        *((name, ctypes.c_void_p) for name in ("bias", "a", "b")), ("rank", ctypes.c_int64),
         ("scaling", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("kind", "bias_kind", "factor_kind", "threads")),
-    ]
+        *((name, ctypes.c_int32) for name in ("bias_kind", "factor_kind")),
+    ]  # fmt: skip
 
 
 @dataclass
@@ -55,12 +54,15 @@ class Prepared:
     """A packed weight as a kernel takes it, and the tensors that its pointers lead into."""
 
     weight: _Weight
+    address: int
     key: tuple[Any, ...]
     codes: weakref.ref[Tensor]
     kept: tuple[Tensor | None, ...]
     kernel: Any
     name: str
     rotation: Rotation
+    extras: tuple[tuple[Any, ...], int, Any] | None = None
+    """Of the last call: what it was given, the address of its structure, what that leads into."""
 
 
 @functools.cache
@@ -127,7 +129,7 @@ def _prepare(
     )  # fmt: skip
     kept = (codebooks, scales, order, turn, derived)
     return Prepared(
-        weight, (*key[:4], list(panels), *key[5:]), weakref.ref(codes), kept, kernel,
+        weight, ctypes.addressof(weight), (*key[:4], list(panels), *key[5:]), weakref.ref(codes), kept, kernel,
         kernel_key.name, Rotation(seed, block),
     )  # fmt: skip
 
@@ -188,7 +190,7 @@ def _kernel(key: KernelKey) -> Any:
         return None
     at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for function, arguments in (
-        (library.lowra_product, (at, at)),
+        (library.lowra_product, (at, at, at, at, size, size, number, number)),
         (library.lowra_turn, (at, at, size, at, size, number, number, number)),
         (library.lowra_values, (at, at, number)),
     ):
@@ -201,26 +203,61 @@ def product(
     factors: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """y [..., n] of a few tokens x [..., k], bias and adapter included."""
-    weight = ready.weight
-    n, k = weight.n, weight.k
-    tokens = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
-    m = tokens.shape[0]
-    y = x.new_empty((*x.shape[:-1], n))
+    n, k = ready.weight.n, ready.weight.k
+    shape = x.shape
+    y = x.new_empty((*shape[:-1], n))
+    m = x.numel() // k
     if not m:
         return y
-    call = _Call(tokens.data_ptr(), y.data_ptr(), None, None, None, m, tokens.stride(0))
-    call.kind, call.threads = KINDS[x.dtype], torch.get_num_threads()
+    stride = k
+    if not x.is_contiguous():
+        if len(shape) == 2 and x.stride(1) == 1:
+            stride = x.stride(0)
+        else:
+            x = x.contiguous()
+    # Held here too, since another thread may put its own in `ready`.
+    given, address, kept = ready.extras or _NONE
+    wanted = (bias, None, None, 0.0) if factors is None else (bias, *factors)
+    if given != _identity(wanted):
+        given, address, kept = ready.extras = _extras(wanted)
+    ready.kernel.lowra_product(
+        ready.address, address, x.data_ptr(), y.data_ptr(), m, stride, KINDS[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+_NONE: tuple[tuple[Any, ...], int, Any] = ((), 0, None)
+
+
+def _identity(wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Equal as long as a structure made of `wanted` leads to the same numbers."""
+    bias, a, b, scaling = wanted
+    return (
+        bias is not None and (bias.data_ptr(), bias.dtype, bias.stride()),
+        a is not None
+        and (a.data_ptr(), a.dtype, a.stride(), a.shape[0], b.data_ptr(), b.dtype, b.stride()),
+        scaling,
+    )  # fmt: skip
+
+
+def _extras(wanted: tuple[Any, ...]) -> tuple[tuple[Any, ...], int, Any]:
+    """What `Prepared.extras` holds for a bias and factors."""
+    made, kept = _Extras(), []
+    bias, a, b, scaling = wanted
     if bias is not None:
-        bias = _readable(bias)
-        call.bias, call.bias_kind = bias.data_ptr(), KINDS[bias.dtype]
-    if factors is not None:
-        a, b = (_readable(factor) for factor in factors[:2])
+        kept.append(bias := _readable(bias))
+        made.bias, made.bias_kind = bias.data_ptr(), KINDS[bias.dtype]
+    if a is not None:
+        a, b = _readable(a), _readable(b)
         if a.dtype != b.dtype:
             a, b = a.float(), b.float()
-        call.a, call.b, call.rank = a.data_ptr(), b.data_ptr(), a.shape[0]
-        call.scaling, call.factor_kind = factors[2], KINDS[a.dtype]
-    ready.kernel.lowra_product(ctypes.addressof(weight), ctypes.addressof(call))
-    return y
+        kept += [a, b]
+        made.a, made.b, made.rank = a.data_ptr(), b.data_ptr(), a.shape[0]
+        made.scaling, made.factor_kind = scaling, KINDS[a.dtype]
+    # What had to be copied is copied anew for every call, since the original may change.
+    same = all(any(t is one for t in wanted[:3]) for one in kept)
+    return (_identity(wanted) if same else (), ctypes.addressof(made), (made, kept))
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ class Tier:
 
     `needs` are the flags a CPU must report, `options` what the compiler is told, `vectors` the
     header with the vector operations ("" for plain C++), `most_step` the largest integer that a
-    looked-up byte may be, `activations` the types that dot products can read.
+    looked-up byte may be, `most_tokens` how many tokens of one element per value the registers hold
+    the sums of, `activations` the types that dot products can read.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Tier:
     options: tuple[str, ...]
     vectors: str
     most_step: int
+    most_tokens: int
     activations: tuple[str, ...]
 
 
@@ -33,17 +35,17 @@ TIERS = (
     Tier(
         "avx512-bf16", frozenset((*_512, "avx512_bf16", "fma", "f16c")),
         ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16"),
-        "avx512", 255, ("int8", "int16", "bfloat16", "float32"),
+        "avx512", 255, 4, ("int8", "int16", "bfloat16", "float32"),
     ),
     Tier(
         "avx512", frozenset((*_512, "fma", "f16c")),
         ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vnni"),
-        "avx512", 255, ("int8", "int16", "float32"),
+        "avx512", 255, 4, ("int8", "int16", "float32"),
     ),
     Tier(
-        "avx2", frozenset(("avx2", "fma", "f16c")), ("-march=x86-64-v3",), "", 127, ("float32",),
+        "avx2", frozenset(("avx2", "fma", "f16c")), ("-march=x86-64-v3",), "", 127, 1, ("float32",),
     ),
-    Tier("plain", frozenset(), (), "", 127, ("float32",)),
+    Tier("plain", frozenset(), (), "", 127, 1, ("float32",)),
 )  # fmt: skip
 """Best first."""
 

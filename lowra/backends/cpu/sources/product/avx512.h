@@ -5,6 +5,21 @@
 #define LANES16 1
 using Lanes = __m512i;
 using Floats = __m512;
+constexpr int BLOCK = 4;     // rows that share what is loaded of a token
+constexpr int BIT_ROWS = 2;  // the same of rows of one bit, whose sums take four registers
+
+static inline Lanes load_lanes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+static inline void store_lanes(uint8_t* to, Lanes x) { _mm512_storeu_si512(to, x); }
+static inline Lanes add_lanes(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
+static inline Lanes both(Lanes a, Lanes b) { return _mm512_and_si512(a, b); }
+static inline Lanes halves_of_bytes(int low, int high) {  // in lanes 0-7 and 8-15
+    return _mm512_inserti64x4(_mm512_set1_epi8(char(low)), _mm256_set1_epi8(char(high)), 1);
+}
+template <int LOW, int HIGH>  // of signed lanes
+static inline Lanes sums_shifted(Lanes sums) {
+    const Lanes by = _mm512_inserti64x4(_mm512_set1_epi32(LOW), _mm256_set1_epi32(HIGH), 1);
+    return _mm512_srav_epi32(sums, by);
+}
 
 static inline Lanes load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
 static inline Lanes load_half(const uint32_t* from) {  // 8 words, twice
@@ -151,11 +166,27 @@ static inline Floats add_products(Floats x, const void* a, int64_t at, Kind kind
 static inline __m256 fold(Floats x) {
     return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
 }
-static inline void sum_lanes(const Floats (&x)[4], float* out) {
+static inline void sum_lanes(const Floats* x, float* out) {  // of 4
     const __m256 left = _mm256_hadd_ps(fold(x[0]), fold(x[1]));
     const __m256 right = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
     const __m256 both = _mm256_hadd_ps(left, right);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+}
+static inline Floats fold_quarters(Floats a, Floats b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+static inline void sum_batch(const Floats (&x)[16], float* out) {
+    Floats pairs[8], fours[4];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                                 _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    _mm512_storeu_ps(out, fold_quarters(fold_quarters(fours[0], fours[1]),
+                                        fold_quarters(fours[2], fours[3])));
 }
 
 // The first four butterflies of a Hadamard transform, within 16 lanes.
@@ -176,3 +207,28 @@ static inline void hadamard16(float* x, int64_t k) {
         _mm512_storeu_ps(x + i, v);
     }
 }
+
+// Digits of rows of three levels: one of 64 bytes each.
+struct Digits {
+    Lanes rest;
+    __mmask64 here;
+};
+static inline Digits first_digits(const uint8_t* bytes, int64_t count) {
+    const __mmask64 here = count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
+    return {_mm512_maskz_loadu_epi8(here, bytes), here};
+}
+static inline void next_digits(Digits& d) {
+    d.rest = _mm512_add_epi8(d.rest, _mm512_add_epi8(d.rest, d.rest));
+}
+static inline Lanes bytes_of(int value) { return _mm512_set1_epi8(char(value)); }
+// Bytes zero, one or two where the digit is 0, 1 or 2; 0 past the tile.
+static inline Lanes choose_level(const Digits& d, Lanes zero, Lanes one, Lanes two) {
+    const __mmask64 some = _mm512_cmpge_epu8_mask(d.rest, _mm512_set1_epi8(86));
+    const __mmask64 full = _mm512_cmpge_epu8_mask(d.rest, _mm512_set1_epi8(char(171)));
+    const Lanes level = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(d.here, zero), some, one);
+    return _mm512_mask_mov_epi8(level, full, two);
+}
+static inline Lanes widened(const uint8_t* bytes) {  // 16 to lanes
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+static inline Floats floats_of(Lanes bits) { return _mm512_castsi512_ps(bits); }

@@ -14,14 +14,20 @@ struct Weight {
     int32_t shared, ready;
 };
 
+struct Extras {  // what a product adds to x W'; the same from call to call
+    const void *bias, *a, *b;
+    int64_t rank;
+    float scaling;
+    Kind bias_kind, factor_kind;
+};
+
 struct Call {
     const void* x;
     void* y;
-    const void *bias, *a, *b;
-    int64_t m, x_stride, rank;
-    float scaling;
-    Kind kind, bias_kind, factor_kind;
-    int32_t threads;
+    int64_t m, x_stride;
+    Kind kind;
+    int threads;
+    Extras more;
 };
 
 struct Part {  // of a weight's values
@@ -50,17 +56,24 @@ static inline int64_t table_bytes(int64_t width) {  // of looked-up elements; a 
 
 static int64_t tables_of(const Weight& w, int64_t panel) { return w.shared ? 1 : w.rows[panel]; }
 
-static std::vector<Panel> panels_of(const Weight& w) {
+struct Panels {
+    Panel list[MOST_PANELS];
+    int64_t count;
+    const Panel* begin() const { return list; }
+    const Panel* end() const { return list + count; }
+};
+
+static Panels panels_of(const Weight& w) {
     int64_t count = 0;
     for (int64_t p = 0; p < w.panels; p++) count += tables_of(w, p);
     const float* affine = reinterpret_cast<const float*>(w.derived);
     const uint8_t* tables = w.derived + count * 8;
-    std::vector<Panel> panels;
+    Panels panels{{}, w.panels};
     Panel next{0, 0, 0, w.codes, w.codebooks, w.scales, tables, affine};
     for (int64_t p = 0; p < w.panels; p++) {
         next.width = int(w.widths[p]);
         next.rows = w.rows[p];
-        panels.push_back(next);
+        panels.list[p] = next;
         next.first += next.rows;
         next.words += next.rows * row_words(w.k, next.width);
         next.codebook += tables_of(w, p) * levels_of(next.width);
@@ -69,4 +82,10 @@ static std::vector<Panel> panels_of(const Weight& w) {
         next.affine += 2 * tables_of(w, p);
     }
     return panels;
+}
+
+static bool has_width(const Weight& w, int64_t width) {
+    for (int64_t p = 0; p < w.panels; p++)
+        if (w.widths[p] == width) return true;
+    return false;
 }

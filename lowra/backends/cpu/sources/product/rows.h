@@ -1,0 +1,242 @@
+// Sixteen stored rows at a time: sums of looked-up values times activations, lane by lane, then
+// one reduction for all, and y. With many tokens, BLOCK rows are looked up into cache first.
+
+static void finish(const Weight& w, const Call& c, int64_t stored, int64_t token, float value) {
+    const int64_t row = w.order[stored];
+    if (uint64_t(row) >= uint64_t(w.n)) return;  // a damaged order writes nothing
+    if (c.more.bias) value += read(c.more.bias, row, c.more.bias_kind);
+    write(c.y, token * w.n + row, c.kind, value);
+}
+
+static void exact_row(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
+                      int64_t row, uint8_t* codes, float* values) {
+    row_values(w, panel, row, codes, values);
+    const int64_t stored = panel.first + row, original = w.order[stored];
+    if (uint64_t(original) >= uint64_t(w.n)) return;
+    for (int64_t m = 0; m < c.m; m++) {
+        float sum = dot_floats(t.rotated + m * padded(w.k), values, w.k);
+        const float* hidden = t.hidden + m * hidden_stride(t.rank);
+        for (int64_t r = 0; r < t.rank; r++)
+            sum += hidden[r] * read(c.more.b, original * t.rank + r, c.more.factor_kind);
+        finish(w, c, stored, m, sum);
+    }
+}
+
+#ifdef LANES16
+constexpr int ROWS = 16;
+constexpr int64_t CACHE_BYTES = 256 << 10;  // of activations, in a core's second cache
+
+struct Tail {
+    int words, narrow_words, steps;  // of a short tile: words of its planes, steps of 16 lanes
+    TailStep wide[4 * ELEMENT], narrow[4 * ELEMENT];  // of the (first) plane; of a plane of 1 bit
+};
+
+static void plan_steps(int64_t lanes, int bits, int to, TailStep* steps) {
+    const int64_t words = lanes * 4 / ELEMENT * bits / WORD;
+    for (int64_t i = 0; i < (lanes + 15) / 16 * 16; i++) {
+        const int64_t lane = std::min(i, lanes - 1);
+        steps[i / 16].word[i % 16] = uint32_t(lane % words);
+        steps[i / 16].shift[i % 16] = uint32_t(lane / words * bits - to) & 31;
+    }
+}
+
+// Kept for the last length of a tail, since planning takes as long as some rows.
+template <int width>
+static const Tail& plan_tail(int64_t k) {
+    thread_local Tail tail{};
+    thread_local int64_t planned = 0;
+    const int64_t columns = padded(k) % TILE, lanes = columns * ELEMENT / 4;
+    if (planned == columns) return tail;
+    planned = columns;
+    tail = Tail{};
+    if (!columns) return tail;
+    tail.steps = int((lanes + 15) / 16);
+    tail.words = int(columns * (width == 3 ? 2 : width) / WORD);
+    tail.narrow_words = int(columns / WORD);
+    plan_steps(lanes, width == 3 ? 2 : width, 0, tail.wide);
+    if (width == 3) plan_steps(lanes, 1, 2, tail.narrow);
+    return tail;
+}
+
+struct Batch {  // `count` neighbouring stored rows of a panel
+    int64_t first;
+    int count;
+    int64_t original[ROWS];  // -1 for a damaged one
+    float step[ROWS], offset[ROWS];
+};
+
+static Batch batch_of(const Weight& w, const Panel& panel, int64_t first, int64_t end, int most) {
+    Batch b{first, int(std::min<int64_t>(most, end - first)), {}, {}, {}};
+    const int64_t stride = w.shared ? 0 : 2;
+    for (int r = 0; r < b.count; r++) {
+        const int64_t row = first + r, original = w.order[panel.first + row];
+        const float scale = w.scales ? from_float16(panel.scales[row]) : 1.0f;
+        b.original[r] = uint64_t(original) < uint64_t(w.n) ? original : -1;
+        b.step[r] = panel.affine[stride * row] * scale;
+        b.offset[r] = panel.affine[stride * row + 1] * scale;
+    }
+    return b;
+}
+
+static void write_rows(const Weight& w, const Call& c, const Batch& b, int64_t token,
+                       float* values) {
+    if (c.more.bias)
+        for (int r = 0; r < b.count; r++)
+            if (b.original[r] >= 0)
+                values[r] += read(c.more.bias, b.original[r], c.more.bias_kind);
+    const int64_t at = token * w.n;
+    if (c.kind == FLOAT32) {
+        for (int r = 0; r < b.count; r++)
+            if (b.original[r] >= 0) static_cast<float*>(c.y)[at + b.original[r]] = values[r];
+        return;
+    }
+    uint16_t halves[ROWS];
+    write_row(halves, 0, c.kind, ROWS, values);
+    for (int r = 0; r < b.count; r++)
+        if (b.original[r] >= 0) static_cast<uint16_t*>(c.y)[at + b.original[r]] = halves[r];
+}
+
+// From sums to y for one token; R is ROWS or BLOCK.
+template <int R>
+static void finish_rows(const Weight& w, const Call& c, const Tokens& t, const Batch& b,
+                        const Floats (&sums)[R], int64_t token) {
+    const Quantized& number = t.numbers[token];
+    const float* hidden = t.hidden + token * hidden_stride(t.rank);
+    Floats lanes[std::max(R, 4)] = {};
+    alignas(64) float values[ROWS] = {};
+    for (int r = 0; r < R; r++) lanes[r] = scaled(sums[r], b.step[r] * number.scale);
+    if (t.rank)
+        for (int r = 0; r < b.count; r++)
+            for (int64_t at = 0; at < t.rank && b.original[r] >= 0; at += 16)
+                lanes[r] = add_products(lanes[r], c.more.b, b.original[r] * t.rank + at,
+                                        c.more.factor_kind, hidden + at, t.rank - at);
+    if constexpr (R == ROWS) sum_batch(lanes, values);
+    else for (int r = 0; r < R; r += 4) sum_lanes(lanes + r, values + r);
+    const float base = number.scale * number.sum;
+    for (int r = 0; r < R; r++) values[r] += b.offset[r] * base;
+    write_rows(w, c, b, token, values);
+}
+
+static const uint8_t* input(const Tokens& t, int64_t token, int part) {
+    return t.inputs + (token * PARTS + part) * t.lanes * 4;
+}
+
+// Sums of BLOCK rows from b.first + at on with M tokens; rows past the batch repeat the last.
+template <class Codes, int M>
+static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, const Tail& tail,
+                       const Batch& b, int at, int64_t token, Floats (&out)[M][ROWS]) {
+    constexpr int TABLE = ELEMENT << Codes::WIDTH;
+    Codes codes[BLOCK];
+    Lanes tables[BLOCK], sums[BLOCK][M][PARTS];
+    const uint8_t* x[M][PARTS];
+    for (int r = 0; r < BLOCK; r++) {
+        const int64_t row = b.first + std::min(at + r, b.count - 1);
+        codes[r].open(panel, row, w.k);
+        tables[r] = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < PARTS; p++) sums[r][m][p] = Lanes{};
+    }
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < PARTS; p++) x[m][p] = input(t, token + m, p);
+    const int64_t tiles = padded(w.k) / TILE, ahead = BLOCK * row_words(w.k, Codes::PLANE);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        for (int r = 0; r < BLOCK; r++) codes[r].load(ahead);
+        each_step<4 * ELEMENT>([&](auto step) __attribute__((always_inline)) {
+            constexpr int S = decltype(step)::value;
+            for (int r = 0; r < BLOCK; r++) {
+                const Lanes values = look_up(tables[r], codes[r].template at<S>());
+                for (int m = 0; m < M; m++)
+                    for (int p = 0; p < PARTS; p++)
+                        sums[r][m][p] = dot(sums[r][m][p], values, x[m][p] + S * 64);
+            }
+        });
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < PARTS; p++) x[m][p] += 256 * ELEMENT;
+    }
+    for (int s = 0; s < tail.steps; s++)
+        for (int r = 0; r < BLOCK; r++) {
+            const Lanes values = look_up(tables[r], codes[r].tail(tail, s));
+            for (int m = 0; m < M; m++)
+                for (int p = 0; p < PARTS; p++)
+                    sums[r][m][p] = dot(sums[r][m][p], values, x[m][p] + s * 64);
+        }
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < BLOCK; r++) out[m][at + r] = as_floats<PARTS>(sums[r][m]);
+}
+
+// The elements of a stored row, in the order of a token's.
+template <class Codes>
+static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, int64_t row,
+                       uint8_t* out) {
+    constexpr int TABLE = ELEMENT << Codes::WIDTH;
+    const Lanes table = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
+    Codes codes;
+    codes.open(panel, row, w.k);
+    for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, out += 256 * ELEMENT) {
+        codes.load(BLOCK * row_words(w.k, Codes::PLANE));
+        each_step<4 * ELEMENT>([&](auto step) __attribute__((always_inline)) {
+            constexpr int S = decltype(step)::value;
+            store_lanes(out + S * 64, look_up(table, codes.template at<S>()));
+        });
+    }
+    for (int s = 0; s < tail.steps; s++)
+        store_lanes(out + s * 64, look_up(table, codes.tail(tail, s)));
+}
+
+// BLOCK expanded rows [BLOCK, bytes] with M tokens; x: the first one's, parts `stride` apart.
+template <int M>
+static void expanded_tokens(const Weight& w, const Call& c, const Tokens& t, const Batch& b,
+                            const uint8_t* rows, const uint8_t* x, int64_t stride, int64_t bytes,
+                            int64_t token) {
+    Lanes sums[M][BLOCK][PARTS];
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < BLOCK; r++)
+            for (int p = 0; p < PARTS; p++) sums[m][r][p] = Lanes{};
+    for (int64_t at = 0; at < bytes; at += 64)
+        for (int r = 0; r < BLOCK; r++) {
+            const Lanes values = load_lanes(rows + r * bytes + at);
+            for (int m = 0; m < M; m++)
+                for (int p = 0; p < PARTS; p++)
+                    sums[m][r][p] = dot(sums[m][r][p], values, x + (m * PARTS + p) * stride + at);
+        }
+    for (int m = 0; m < M; m++) {
+        Floats lanes[BLOCK];
+        for (int r = 0; r < BLOCK; r++) lanes[r] = as_floats<PARTS>(sums[m][r]);
+        finish_rows<BLOCK>(w, c, t, b, lanes, token + m);
+    }
+}
+
+// Rows begin .. end by blocks that expand(row, out) looks up once for all tokens; tokens in
+// groups that stay in cache meanwhile.
+template <class Expand>
+static void expanded_rows(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
+                          int64_t begin, int64_t end, const uint8_t* x, int64_t stride,
+                          int64_t bytes, const Expand& expand) {
+    uint8_t* rows = reinterpret_cast<uint8_t*>(scratch<OF_ROWS>(BLOCK * bytes));
+    const int64_t together = std::max<int64_t>(
+        MOST_TOKENS, CACHE_BYTES / (PARTS * stride) / MOST_TOKENS * MOST_TOKENS);
+    for (int64_t first = 0; first < c.m; first += together)
+        for (int64_t row = begin; row < end; row += BLOCK) {
+            const Batch b = batch_of(w, panel, row, end, BLOCK);
+            for (int r = 0; r < BLOCK; r++)
+                expand(row + std::min(r, b.count - 1), rows + r * bytes);
+            const int64_t last = std::min(c.m, first + together);
+            int64_t m = first;
+            for (; m + MOST_TOKENS <= last; m += MOST_TOKENS)
+                expanded_tokens<MOST_TOKENS>(w, c, t, b, rows, x + m * PARTS * stride, stride,
+                                             bytes, m);
+            for (; m < last; m++)
+                expanded_tokens<1>(w, c, t, b, rows, x + m * PARTS * stride, stride, bytes, m);
+        }
+}
+
+// Sums of a batch of rows: block(at) fills `out` from row `at` of the batch on.
+template <int M, class Block>
+static void batched(const Weight& w, const Call& c, const Tokens& t, const Batch& b, int64_t token,
+                    const Block& block) {
+    Floats sums[M][ROWS] = {};
+    for (int at = 0; at < b.count; at += BLOCK) block(at, sums);
+    for (int m = 0; m < M; m++) finish_rows<ROWS>(w, c, t, b, sums[m], token + m);
+}
+
+#endif
