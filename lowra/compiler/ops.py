@@ -174,7 +174,7 @@ def linear(
     The way through the dispatcher costs more than the product of a small layer and one token does;
     where no gradient is wanted and nothing traces or intercepts ops, the backend is called at once.
     """
-    direct = DIRECT.get(x.device.type)
+    direct = DIRECT.get("cpu" if x.is_cpu else x.device.type)
     if direct is not None and _unwatched(x):
         return direct(x, packed, bias, factors)
     if factors is None:

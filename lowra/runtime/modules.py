@@ -193,12 +193,19 @@ class QuantizedLinear(QuantizedModule):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        factors = None
-        if self.lora_A is not None and self.lora_B is not None and self.adapter_enabled:
+        # Attributes of a module are found slowly: here that would take as long as a small product.
+        found = self._parameters.get
+        a, b, bias = found("lora_A"), found("lora_B"), found("bias")
+        factors = (a, b, self.scaling) if a is not None and b is not None else None
+        if factors is None and self.lora_A is not None and self.lora_B is not None:
             factors = (self.lora_A, self.lora_B, self.scaling)
-        return self.corrected(x, linear(x, self.packed(), self.bias, factors))
+        y = linear(
+            x, self.packed(), self.bias if bias is None else bias,
+            factors if self.adapter_enabled else None,
+        )  # fmt: skip
+        return y if "correction_A" not in self._modules else self.corrected(x, y)
 
     def extra_repr(self) -> str:
         correction = self.correction

@@ -60,7 +60,7 @@ def emit(key: KernelKey) -> str:
         *([_part(f"product/{key.tier.vectors}")] if key.widths else []),
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
-        *(_part(f"product/{name}") for name in ("rows", "bits", "product", "values")),
+        *(_part(f"product/{name}") for name in ("rows", "product", "values")),
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),
@@ -74,14 +74,14 @@ def _part(name: str) -> str:
 
 
 _STEPS = """\
+#define INLINE __attribute__((always_inline))
 // body(0), body(1), ... with the number known to the compiler.
 template <class Body, int... S>
-static inline __attribute__((always_inline)) void each(const Body& body,
-                                                       std::integer_sequence<int, S...>) {
+static inline INLINE void each(const Body& body, std::integer_sequence<int, S...>) {
     (body(std::integral_constant<int, S>{}), ...);
 }
 template <int COUNT, class Body>
-static inline __attribute__((always_inline)) void each_step(const Body& body) {
+static inline INLINE void each_step(const Body& body) {
     each(body, std::make_integer_sequence<int, COUNT>{});
 }"""
 
@@ -117,11 +117,11 @@ def codes_of(width: int) -> str:
     words = [f"words[{i}] += {8 * bits};" for i, bits in enumerate(unpacking.planes)]
     skipped = [f"words[{i}] += tiles * {8 * bits};" for i, bits in enumerate(unpacking.planes)]
     opened = [f"words[0] = panel.words + row * row_words(k, {unpacking.planes[0]});"]
-    tail = "gather_tail(words[0], t.words, t.wide[s])"
+    tail = f"gather_tail<{unpacking.planes[0]}>(words[0], t.words, t.wide[s])"
     if len(unpacking.planes) == 2:
         high = "panel.words + panel.rows * row_words(k, 2) + row * row_words(k, 1)"
         opened.append(f"words[1] = {high};")
-        tail = f"choose(low_bits(2), {tail}, gather_tail(words[1], t.narrow_words, t.narrow[s]))"
+        tail = f"choose(low_bits(2), {tail}, gather_tail<1>(words[1], t.narrow_words, t.narrow[s]))"
     return f"""\
 struct Codes{width} {{
     static constexpr int WIDTH = {width}, PLANE = {unpacking.planes[0]};
@@ -131,9 +131,8 @@ struct Codes{width} {{
         {" ".join(opened)}
     }}
     void skip(int64_t tiles) {{ {" ".join(skipped)} }}
-    void load(int64_t ahead) {{
+    void load() {{
         {unpacking.load}
-        fetch(words[0] + ahead);
         {" ".join(words)}
     }}
     template <int S>

@@ -205,7 +205,7 @@ def product(
     """y [..., n] of a few tokens x [..., k], bias and adapter included."""
     n, k = ready.weight.n, ready.weight.k
     shape = x.shape
-    y = x.new_empty((*shape[:-1], n))
+    y = torch.empty((*shape[:-1], n), dtype=x.dtype)
     m = x.numel() // k
     if not m:
         return y

@@ -6,31 +6,18 @@
 using Lanes = __m512i;
 using Floats = __m512;
 constexpr int BLOCK = 4;     // rows that share what is loaded of a token
-constexpr int BIT_ROWS = 2;  // the same of rows of one bit, whose sums take four registers
 
 static inline Lanes load_lanes(const uint8_t* from) { return _mm512_loadu_si512(from); }
 static inline void store_lanes(uint8_t* to, Lanes x) { _mm512_storeu_si512(to, x); }
-static inline Lanes add_lanes(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
-static inline Lanes both(Lanes a, Lanes b) { return _mm512_and_si512(a, b); }
-static inline Lanes halves_of_bytes(int low, int high) {  // in lanes 0-7 and 8-15
-    return _mm512_inserti64x4(_mm512_set1_epi8(char(low)), _mm256_set1_epi8(char(high)), 1);
-}
-template <int LOW, int HIGH>  // of signed lanes
-static inline Lanes sums_shifted(Lanes sums) {
-    const Lanes by = _mm512_inserti64x4(_mm512_set1_epi32(LOW), _mm256_set1_epi32(HIGH), 1);
-    return _mm512_srav_epi32(sums, by);
-}
 
 static inline Lanes load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
 static inline Lanes load_half(const uint32_t* from) {  // 8 words, twice
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-static inline Lanes load_some(const uint32_t* from, int count) {
-    if (count <= 0) return _mm512_setzero_si512();
-    return _mm512_maskz_loadu_epi32(__mmask16((1u << std::min(count, 16)) - 1), from);
-}
-static inline void fetch(const void* from) {  // into cache
-    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0);
+// Into the second cache: there is little room in the first. Not inlined, gcc takes it for a function
+// without effect and drops it.
+static inline __attribute__((always_inline)) void fetch(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
 }
 template <int BY>
 static inline Lanes shift(Lanes words) {
@@ -60,13 +47,24 @@ static inline Lanes low_bits(int bits) {
     return _mm512_set1_epi32(int(element));
 }
 
-// How 16 lanes of a tile shorter than 256 columns are gathered from its words.
+// How 16 lanes of a tile shorter than 256 columns are gathered from its words, at most 32.
 struct TailStep {
     alignas(64) uint32_t word[16], shift[16];
 };
-static inline Lanes gather_tail(const uint32_t* from, int count, const TailStep& step) {
-    const Lanes low = load_some(from, count), high = load_some(from + 16, count - 16);
-    const Lanes words = _mm512_permutex2var_epi32(low, _mm512_load_si512(step.word), high);
+struct TailWords {
+    __mmask16 low, high;  // words that are there, of 16 each
+};
+static inline TailWords tail_words(int count) {
+    const auto some = [](int n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0); };
+    return {some(count), some(count - 16)};
+}
+template <int BITS>  // of the plane
+static inline Lanes gather_tail(const uint32_t* from, TailWords there, const TailStep& step) {
+    const Lanes low = _mm512_maskz_loadu_epi32(there.low, from);
+    const Lanes at = _mm512_load_si512(step.word);
+    Lanes words;
+    if constexpr (BITS <= 2) words = _mm512_permutexvar_epi32(at, low);
+    else words = _mm512_permutex2var_epi32(low, at, _mm512_maskz_loadu_epi32(there.high, from + 16));
     return _mm512_rorv_epi32(words, _mm512_load_si512(step.shift));
 }
 
@@ -100,8 +98,7 @@ static inline Lanes look_up(Lanes table, Lanes codes) {
 }
 
 // sum += values . x, lane by lane; integers where elements are bytes, else floats.
-static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
-    const Lanes inputs = _mm512_loadu_si512(x);
+static inline Lanes dot_lanes(Lanes sum, Lanes values, Lanes inputs) {
     if constexpr (ELEMENT == 1) return _mm512_dpbusd_epi32(sum, values, inputs);
 #ifdef __AVX512BF16__
     else if constexpr (ELEMENT == 2)
@@ -111,6 +108,9 @@ static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
     else
         return _mm512_castps_si512(_mm512_fmadd_ps(
             _mm512_castsi512_ps(values), _mm512_castsi512_ps(inputs), _mm512_castsi512_ps(sum)));
+}
+static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
+    return dot_lanes(sum, values, _mm512_loadu_si512(x));
 }
 
 template <int PARTS>  // high and low activations in one

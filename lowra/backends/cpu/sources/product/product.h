@@ -6,8 +6,6 @@ template <class Codes>
 static void rows_of(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
                     int64_t begin, int64_t end) {
     const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
-    if constexpr (Codes::WIDTH == 1 && ELEMENT == 1 && BIT_ROWS > 0)
-        if (c.m == 1) return bit_rows<Codes>(w, c, t, panel, tail, begin, end);
     if (c.m > 2 * MOST_TOKENS)
         return expanded_rows(w, c, t, panel, begin, end, t.inputs, t.lanes * 4, t.lanes * 4,
                              [&](int64_t row, uint8_t* out) {

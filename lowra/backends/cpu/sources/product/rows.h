@@ -27,7 +27,8 @@ constexpr int ROWS = 16;
 constexpr int64_t CACHE_BYTES = 256 << 10;  // of activations, in a core's second cache
 
 struct Tail {
-    int words, narrow_words, steps;  // of a short tile: words of its planes, steps of 16 lanes
+    int steps;                       // of 16 lanes in a short tile
+    TailWords words, narrow_words;   // of its planes
     TailStep wide[4 * ELEMENT], narrow[4 * ELEMENT];  // of the (first) plane; of a plane of 1 bit
 };
 
@@ -51,8 +52,8 @@ static const Tail& plan_tail(int64_t k) {
     tail = Tail{};
     if (!columns) return tail;
     tail.steps = int((lanes + 15) / 16);
-    tail.words = int(columns * (width == 3 ? 2 : width) / WORD);
-    tail.narrow_words = int(columns / WORD);
+    tail.words = tail_words(int(columns * (width == 3 ? 2 : width) / WORD));
+    tail.narrow_words = tail_words(int(columns / WORD));
     plan_steps(lanes, width == 3 ? 2 : width, 0, tail.wide);
     if (width == 3) plan_steps(lanes, 1, 2, tail.narrow);
     return tail;
@@ -117,51 +118,57 @@ static void finish_rows(const Weight& w, const Call& c, const Tokens& t, const B
     write_rows(w, c, b, token, values);
 }
 
-static const uint8_t* input(const Tokens& t, int64_t token, int part) {
-    return t.inputs + (token * PARTS + part) * t.lanes * 4;
+// In the order of memory, whatever the order of reading: the rest of the machine likes that best.
+template <int WORDS>
+static inline INLINE const uint32_t* fetch_ahead(const uint32_t* from) {
+    for (int i = 0; i < WORDS; i += 16) fetch(from + i);
+    return from + WORDS;
 }
 
 // Sums of BLOCK rows from b.first + at on with M tokens; rows past the batch repeat the last.
+// Indices of sums are known to the compiler (`each_step`), or it would keep them in memory.
 template <class Codes, int M>
 static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, const Tail& tail,
                        const Batch& b, int at, int64_t token, Floats (&out)[M][ROWS]) {
-    constexpr int TABLE = ELEMENT << Codes::WIDTH;
+    constexpr int TABLE = ELEMENT << Codes::WIDTH, INPUTS = M * PARTS;
     Codes codes[BLOCK];
-    Lanes tables[BLOCK], sums[BLOCK][M][PARTS];
-    const uint8_t* x[M][PARTS];
+    Lanes tables[BLOCK], sums[BLOCK][INPUTS] = {};
     for (int r = 0; r < BLOCK; r++) {
         const int64_t row = b.first + std::min(at + r, b.count - 1);
         codes[r].open(panel, row, w.k);
         tables[r] = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < PARTS; p++) sums[r][m][p] = Lanes{};
     }
-    for (int m = 0; m < M; m++)
-        for (int p = 0; p < PARTS; p++) x[m][p] = input(t, token + m, p);
-    const int64_t tiles = padded(w.k) / TILE, ahead = BLOCK * row_words(w.k, Codes::PLANE);
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        for (int r = 0; r < BLOCK; r++) codes[r].load(ahead);
-        each_step<4 * ELEMENT>([&](auto step) __attribute__((always_inline)) {
+    const int64_t stride = t.lanes * 4;
+    const uint32_t* next = codes[0].words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE);
+    const uint8_t* x = t.inputs + token * PARTS * stride;
+    for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, x += 256 * ELEMENT) {
+        next = fetch_ahead<BLOCK * 8 * Codes::PLANE>(next);
+        each_step<BLOCK>([&](auto row) INLINE { codes[decltype(row)::value].load(); });
+        each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
-            for (int r = 0; r < BLOCK; r++) {
+            each_step<BLOCK>([&](auto row) INLINE {
+                constexpr int r = decltype(row)::value;
                 const Lanes values = look_up(tables[r], codes[r].template at<S>());
-                for (int m = 0; m < M; m++)
-                    for (int p = 0; p < PARTS; p++)
-                        sums[r][m][p] = dot(sums[r][m][p], values, x[m][p] + S * 64);
-            }
+                each_step<INPUTS>([&](auto part) INLINE {
+                    constexpr int i = decltype(part)::value;
+                    sums[r][i] = dot(sums[r][i], values, x + i * stride + S * 64);
+                });
+            });
         });
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < PARTS; p++) x[m][p] += 256 * ELEMENT;
     }
-    for (int s = 0; s < tail.steps; s++)
-        for (int r = 0; r < BLOCK; r++) {
+    for (int s = 0; s < tail.steps; s++, x += 64)
+        each_step<BLOCK>([&](auto row) INLINE {
+            constexpr int r = decltype(row)::value;
             const Lanes values = look_up(tables[r], codes[r].tail(tail, s));
-            for (int m = 0; m < M; m++)
-                for (int p = 0; p < PARTS; p++)
-                    sums[r][m][p] = dot(sums[r][m][p], values, x[m][p] + s * 64);
-        }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < BLOCK; r++) out[m][at + r] = as_floats<PARTS>(sums[r][m]);
+            each_step<INPUTS>([&](auto part) INLINE {
+                constexpr int i = decltype(part)::value;
+                sums[r][i] = dot(sums[r][i], values, x + i * stride);
+            });
+        });
+    each_step<BLOCK * M>([&](auto which) INLINE {
+        constexpr int r = decltype(which)::value / M, m = decltype(which)::value % M;
+        out[m][at + r] = as_floats<PARTS>(sums[r] + m * PARTS);
+    });
 }
 
 // The elements of a stored row, in the order of a token's.
@@ -173,8 +180,9 @@ static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, in
     Codes codes;
     codes.open(panel, row, w.k);
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, out += 256 * ELEMENT) {
-        codes.load(BLOCK * row_words(w.k, Codes::PLANE));
-        each_step<4 * ELEMENT>([&](auto step) __attribute__((always_inline)) {
+        fetch_ahead<8 * Codes::PLANE>(codes.words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE));
+        codes.load();
+        each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
             store_lanes(out + S * 64, look_up(table, codes.template at<S>()));
         });
@@ -188,22 +196,32 @@ template <int M>
 static void expanded_tokens(const Weight& w, const Call& c, const Tokens& t, const Batch& b,
                             const uint8_t* rows, const uint8_t* x, int64_t stride, int64_t bytes,
                             int64_t token) {
-    Lanes sums[M][BLOCK][PARTS];
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < BLOCK; r++)
-            for (int p = 0; p < PARTS; p++) sums[m][r][p] = Lanes{};
-    for (int64_t at = 0; at < bytes; at += 64)
-        for (int r = 0; r < BLOCK; r++) {
-            const Lanes values = load_lanes(rows + r * bytes + at);
-            for (int m = 0; m < M; m++)
-                for (int p = 0; p < PARTS; p++)
-                    sums[m][r][p] = dot(sums[m][r][p], values, x + (m * PARTS + p) * stride + at);
-        }
-    for (int m = 0; m < M; m++) {
-        Floats lanes[BLOCK];
-        for (int r = 0; r < BLOCK; r++) lanes[r] = as_floats<PARTS>(sums[m][r]);
-        finish_rows<BLOCK>(w, c, t, b, lanes, token + m);
+    constexpr int INPUTS = M * PARTS;
+    Lanes sums[BLOCK][INPUTS] = {};
+    for (int64_t at = 0; at < bytes; at += 64) {
+        Lanes values[BLOCK];
+        each_step<BLOCK>([&](auto row) INLINE {
+            constexpr int r = decltype(row)::value;
+            values[r] = load_lanes(rows + r * bytes + at);
+        });
+        each_step<INPUTS>([&](auto part) INLINE {
+            constexpr int i = decltype(part)::value;
+            const Lanes inputs = load_lanes(x + i * stride + at);
+            each_step<BLOCK>([&](auto row) INLINE {
+                constexpr int r = decltype(row)::value;
+                sums[r][i] = dot_lanes(sums[r][i], values[r], inputs);
+            });
+        });
     }
+    each_step<M>([&](auto token_of) INLINE {
+        constexpr int m = decltype(token_of)::value;
+        Floats lanes[BLOCK];
+        each_step<BLOCK>([&](auto row) INLINE {
+            constexpr int r = decltype(row)::value;
+            lanes[r] = as_floats<PARTS>(sums[r] + m * PARTS);
+        });
+        finish_rows<BLOCK>(w, c, t, b, lanes, token + m);
+    });
 }
 
 // Rows begin .. end by blocks that expand(row, out) looks up once for all tokens; tokens in
@@ -234,7 +252,8 @@ static void expanded_rows(const Weight& w, const Call& c, const Tokens& t, const
 template <int M, class Block>
 static void batched(const Weight& w, const Call& c, const Tokens& t, const Batch& b, int64_t token,
                     const Block& block) {
-    Floats sums[M][ROWS] = {};
+    Floats sums[M][ROWS];
+    if (b.count < ROWS) std::memset(static_cast<void*>(sums), 0, sizeof(sums));
     for (int at = 0; at < b.count; at += BLOCK) block(at, sums);
     for (int m = 0; m < M; m++) finish_rows<ROWS>(w, c, t, b, sums[m], token + m);
 }

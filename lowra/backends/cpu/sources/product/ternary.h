@@ -24,39 +24,43 @@ template <int M>
 [[maybe_unused]] static void ternary_block(const Weight& w, const Tokens& t, const Panel& panel,
                                            const Batch& b, int at, int64_t token,
                                            Floats (&out)[M][ROWS]) {
+    constexpr int INPUTS = M * PARTS;
     const uint8_t* bytes[BLOCK];
     Levels levels[BLOCK];
-    Lanes sums[BLOCK][M][PARTS];
+    Lanes sums[BLOCK][INPUTS] = {};
     for (int r = 0; r < BLOCK; r++) {
         const int64_t row = b.first + std::min(at + r, b.count - 1);
         bytes[r] = ternary_row(panel, row, w.k);
         levels[r] = levels_of_row(w, panel, row);
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < PARTS; p++) sums[r][m][p] = Lanes{};
     }
-    const int64_t stride = natural_bytes(w.k), ahead = BLOCK * 4 * row_words(w.k, TERNARY);
-    const int8_t* x = t.natural + token * PARTS * stride;
+    const int64_t stride = natural_bytes(w.k);
+    const uint8_t* next = bytes[0] + 2 * BLOCK * 4 * row_words(w.k, TERNARY);
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(t.natural) + token * PARTS * stride;
     for (int64_t k0 = 0; k0 < w.k; k0 += TERNARY_TILE) {
         const int64_t count = tile_bytes(w.k, k0);
         Digits digits[BLOCK];
-        for (int r = 0; r < BLOCK; r++) {
+        each_step<BLOCK>([&](auto row) INLINE {
+            constexpr int r = decltype(row)::value;
             digits[r] = first_digits(bytes[r], count);
-            fetch(bytes[r] + ahead);
+            fetch(next + r * 64);
             bytes[r] += count;
-        }
-        for (int f = 0; f < 5; f++)
-            for (int r = 0; r < BLOCK; r++) {
+        });
+        next += BLOCK * 64;
+        for (int f = 0; f < 5; f++, x += count)
+            each_step<BLOCK>([&](auto row) INLINE {
+                constexpr int r = decltype(row)::value;
                 const Lanes values = leading(digits[r], levels[r]);
-                for (int m = 0; m < M; m++)
-                    for (int p = 0; p < PARTS; p++)
-                        sums[r][m][p] = dot(sums[r][m][p], values,
-                                            reinterpret_cast<const uint8_t*>(
-                                                x + (m * PARTS + p) * stride + k0 + f * count));
+                each_step<INPUTS>([&](auto part) INLINE {
+                    constexpr int i = decltype(part)::value;
+                    sums[r][i] = dot(sums[r][i], values, x + i * stride);
+                });
                 next_digits(digits[r]);
-            }
+            });
     }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < BLOCK; r++) out[m][at + r] = as_floats<PARTS>(sums[r][m]);
+    each_step<BLOCK * M>([&](auto which) INLINE {
+        constexpr int r = decltype(which)::value / M, m = decltype(which)::value % M;
+        out[m][at + r] = as_floats<PARTS>(sums[r] + m * PARTS);
+    });
 }
 
 // The elements of a row in the order of columns; `out` has room for natural_bytes(k).

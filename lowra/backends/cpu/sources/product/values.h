@@ -15,8 +15,9 @@ static void values_of(const Weight& w, const Panel& panel, int64_t row, const Pa
     const int64_t end = std::min(part.last_column, padded(w.k) / TILE * TILE);
     at -= part.first_column;
     for (; column < end; column += TILE) {
-        codes.load(row_words(w.k, Codes::PLANE));
-        each_step<4 * ELEMENT>([&](auto step) __attribute__((always_inline)) {
+        fetch_ahead<8 * Codes::PLANE>(codes.words[0] + row_words(w.k, Codes::PLANE));
+        codes.load();
+        each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
             const Lanes looked_up = look_up(table, codes.template at<S>());
             store_floats(floats_of(looked_up), scale, part.out, at, column + S * 16,
