@@ -45,7 +45,7 @@ def stored_rows(
     return weight.to(dtype)
 
 
-FEW_TOKENS = {"avx512": 64, "": 8}
+FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}
 """By a tier's vectors: up to here rows are multiplied as they are unpacked; above, unpacking them
 for torch's product costs less."""
 

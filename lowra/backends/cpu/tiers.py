@@ -43,7 +43,8 @@ TIERS = (
         "avx512", 255, 4, ("int8", "int16", "float32"),
     ),
     Tier(
-        "avx2", frozenset(("avx2", "fma", "f16c")), ("-march=x86-64-v3",), "", 127, 1, ("float32",),
+        "avx2", frozenset(("avx2", "fma", "f16c")), ("-march=x86-64-v3",),
+        "avx2", 127, 2, ("int8", "int16", "float32"),
     ),
     Tier("plain", frozenset(), (), "", 127, 1, ("float32",)),
 )  # fmt: skip
