@@ -123,7 +123,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 @needs_compiler
 def test_sources_compile_without_a_warning(tmp_path: Path) -> None:
     assert COMPILER is not None
-    for name in ("lloyd", "codes", "dequantize"):
+    for name in ("lloyd", "codes"):
         file = tmp_path / f"{name}.cpp"
         file.write_text(toolchain.source_of(name))
         done = subprocess.run(

@@ -1,8 +1,7 @@
-"""Kernels of the ops that a compressed model runs on: unpacking in C++, products in torch."""
+"""Kernels of the ops that a compressed model runs on, and which of them serves a call."""
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from torch.nn import functional
 from lowra.backends.cpu.pieces import backward_by_pieces, forward_by_pieces, values
 from lowra.backends.cpu.product import KINDS, activations_for, check_sizes, prepared, product
 from lowra.backends.cpu.tiers import best_tier
-from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import linear
 from lowra.compiler.ops import DIRECT, LIBRARY
-from lowra.compiler.storage import scale_groups
 
 
 def stored_rows(
@@ -27,22 +24,8 @@ def stored_rows(
     ready = None if dtype == torch.float64 else prepared(packed, "float32")
     if ready is not None:
         return values(ready, dtype)
-    built = None if dtype == torch.float64 else library("dequantize")
-    if built is None:
-        return linear.stored_rows(codes, codebooks, scales, order, panels, k, group, dtype)
-    tables, words, order = codebooks.float().contiguous(), codes.contiguous(), order.int()
-    factors = None if scales is None else scales.float().contiguous()
-    shared = check_sizes(words, tables, factors, order, panels, k, group)
-    groups = 1 if factors is None else scale_groups(k, group)
-    half = dtype == torch.bfloat16
-    weight = torch.empty(order.shape[0], k, dtype=dtype if half else torch.float32)
-    built.lowra_dequantize(
-        pointer(words), pointer(tables), None if factors is None else pointer(factors),
-        pointer(order), (ctypes.c_int64 * len(panels))(*panels), ctypes.c_int64(len(panels) // 2),
-        ctypes.c_int64(k), ctypes.c_int64(max(group, 0)), ctypes.c_int64(groups),
-        int(shared), int(half), pointer(weight), torch.get_num_threads(),
-    )  # fmt: skip
-    return weight.to(dtype)
+    check_sizes(codes, codebooks, scales, order, panels, k, group)
+    return linear.stored_rows(codes, codebooks, scales, order, panels, k, group, dtype)
 
 
 FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}

@@ -46,9 +46,7 @@ def values(
     shape = (rows.stop - rows.start, columns.stop - columns.start)
     out = _scratch(shape, dtype) if reuse else torch.empty(shape, dtype=dtype)
     part = _Part(out.data_ptr(), rows.start, rows.stop, columns.start, columns.stop, KINDS[dtype])
-    ready.kernel.lowra_values(
-        ready.address, ctypes.addressof(part), torch.get_num_threads()
-    )
+    ready.kernel.lowra_values(ready.address, ctypes.addressof(part), torch.get_num_threads())
     return out
 
 

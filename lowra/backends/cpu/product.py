@@ -119,7 +119,7 @@ def _prepare(
     if kernel is None:
         return None
     turn = None if block == 1 else (signs(seed, k) / math.sqrt(block)).float()
-    derived = torch.empty(_derived_bytes(kernel_key, panels, shared), dtype=torch.uint8)
+    derived = torch.empty(derived_bytes(kernel_key, panels, shared), dtype=torch.uint8)
     weight = _Weight(
         codes.data_ptr(), codebooks.data_ptr(), None if scales is None else scales.data_ptr(),
         order.data_ptr(), None if turn is None else turn.data_ptr(), derived.data_ptr(),
@@ -129,12 +129,12 @@ def _prepare(
     )  # fmt: skip
     kept = (codebooks, scales, order, turn, derived)
     return Prepared(
-        weight, ctypes.addressof(weight), (*key[:4], list(panels), *key[5:]), weakref.ref(codes), kept, kernel,
-        kernel_key.name, Rotation(seed, block),
+        weight, ctypes.addressof(weight), (*key[:4], list(panels), *key[5:]), weakref.ref(codes),
+        kept, kernel, kernel_key.name, Rotation(seed, block),
     )  # fmt: skip
 
 
-def _derived_bytes(key: KernelKey, panels: list[int], shared: bool) -> int:
+def derived_bytes(key: KernelKey, panels: list[int], shared: bool) -> int:
     """Room for what sources/product/tables.h keeps: per table its step and offset, its elements
     where codes are looked up, and the float16 values they were made of."""
     element = ELEMENTS[key.activations][0]

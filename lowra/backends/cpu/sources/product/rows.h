@@ -140,9 +140,12 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
     }
     const int64_t stride = t.lanes * 4;
     const uint32_t* next = codes[0].words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE);
+    [[maybe_unused]] const uint32_t* high = next;  // of the plane of 1 bit
+    if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + 2 * BLOCK * row_words(w.k, 1);
     const uint8_t* x = t.inputs + token * PARTS * stride;
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, x += 256 * ELEMENT) {
         next = fetch_ahead<BLOCK * 8 * Codes::PLANE>(next);
+        if constexpr (Codes::WIDTH == 3) high = fetch_ahead<BLOCK * 8>(high);
         each_step<BLOCK>([&](auto row) INLINE { codes[decltype(row)::value].load(); });
         each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
