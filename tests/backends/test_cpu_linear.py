@@ -40,8 +40,8 @@ def test_stored_rows(
 ) -> None:
     packed = drawn(n, k, group, shared and group != 0, seed)
     arguments = packed.op_args()[:7]
-    got = linear.stored_rows(*arguments, dtype)  # pyright: ignore[reportArgumentType]
-    want = reference.stored_rows(*arguments, dtype)  # pyright: ignore[reportArgumentType]
+    got = linear.stored_rows(*arguments, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    want = reference.stored_rows(*arguments, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert torch.equal(got, want)
 
 

@@ -26,8 +26,9 @@ static inline Lanes load_words(const uint32_t* from) { return load_lanes(from); 
 static inline Lanes load_half(const uint32_t* from) {  // 8 words, twice
     return twice(_mm256_loadu_si256(as_vector(from)));
 }
-static inline __attribute__((always_inline)) void fetch(const void* from) {  // see avx512.h
-    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
+template <bool NEAR = false>  // see avx512.h
+static inline __attribute__((always_inline)) void fetch(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from), NEAR ? _MM_HINT_T0 : _MM_HINT_T1);
 }
 template <int LOW, int HIGH>  // other counts for lanes 0-7 and 8-15
 static inline Lanes shift_halves(Lanes words) {

@@ -14,10 +14,11 @@ static inline Lanes load_words(const uint32_t* from) { return _mm512_loadu_si512
 static inline Lanes load_half(const uint32_t* from) {  // 8 words, twice
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-// Into the second cache: there is little room in the first. Not inlined, gcc takes it for a function
-// without effect and drops it.
+// Into the second cache, or into the first, where there is little room. Not inlined, gcc takes it
+// for a function without effect and drops it.
+template <bool NEAR = false>
 static inline __attribute__((always_inline)) void fetch(const void* from) {
-    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
+    _mm_prefetch(static_cast<const char*>(from), NEAR ? _MM_HINT_T0 : _MM_HINT_T1);
 }
 template <int BY>
 static inline Lanes shift(Lanes words) {

@@ -24,7 +24,7 @@ static void exact_row(const Weight& w, const Call& c, const Tokens& t, const Pan
 
 #ifdef LANES16
 constexpr int ROWS = 16;
-constexpr int64_t CACHE_BYTES = 256 << 10;  // of activations, in a core's second cache
+constexpr int64_t CACHE_BYTES = 512 << 10;  // of activations, in a core's second cache
 
 struct Tail {
     int steps;                       // of 16 lanes in a short tile
@@ -119,9 +119,9 @@ static void finish_rows(const Weight& w, const Call& c, const Tokens& t, const B
 }
 
 // In the order of memory, whatever the order of reading: the rest of the machine likes that best.
-template <int WORDS>
+template <int WORDS, bool NEAR = false>
 static inline INLINE const uint32_t* fetch_ahead(const uint32_t* from) {
-    for (int i = 0; i < WORDS; i += 16) fetch(from + i);
+    for (int i = 0; i < WORDS; i += 16) fetch<NEAR>(from + i);
     return from + WORDS;
 }
 
@@ -144,7 +144,7 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
     if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + 2 * BLOCK * row_words(w.k, 1);
     const uint8_t* x = t.inputs + token * PARTS * stride;
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, x += 256 * ELEMENT) {
-        next = fetch_ahead<BLOCK * 8 * Codes::PLANE>(next);
+        next = fetch_ahead<BLOCK * 8 * Codes::PLANE, Codes::WIDTH == 1>(next);
         if constexpr (Codes::WIDTH == 3) high = fetch_ahead<BLOCK * 8>(high);
         each_step<BLOCK>([&](auto row) INLINE { codes[decltype(row)::value].load(); });
         each_step<4 * ELEMENT>([&](auto step) INLINE {
@@ -194,7 +194,8 @@ static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, in
         store_lanes(out + s * 64, look_up(table, codes.tail(tail, s)));
 }
 
-// BLOCK expanded rows [BLOCK, bytes] with M tokens; x: the first one's, parts `stride` apart.
+// BLOCK expanded rows with M tokens; x: the first one's. Rows, and parts of x, are `stride` apart,
+// and hold `bytes` that matter.
 template <int M>
 static void expanded_tokens(const Weight& w, const Call& c, const Tokens& t, const Batch& b,
                             const uint8_t* rows, const uint8_t* x, int64_t stride, int64_t bytes,
@@ -205,7 +206,7 @@ static void expanded_tokens(const Weight& w, const Call& c, const Tokens& t, con
         Lanes values[BLOCK];
         each_step<BLOCK>([&](auto row) INLINE {
             constexpr int r = decltype(row)::value;
-            values[r] = load_lanes(rows + r * bytes + at);
+            values[r] = load_lanes(rows + r * stride + at);
         });
         each_step<INPUTS>([&](auto part) INLINE {
             constexpr int i = decltype(part)::value;
@@ -233,14 +234,14 @@ template <class Expand>
 static void expanded_rows(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
                           int64_t begin, int64_t end, const uint8_t* x, int64_t stride,
                           int64_t bytes, const Expand& expand) {
-    uint8_t* rows = reinterpret_cast<uint8_t*>(scratch<OF_ROWS>(BLOCK * bytes));
+    uint8_t* rows = reinterpret_cast<uint8_t*>(scratch<OF_ROWS>(BLOCK * stride));
     const int64_t together = std::max<int64_t>(
         MOST_TOKENS, CACHE_BYTES / (PARTS * stride) / MOST_TOKENS * MOST_TOKENS);
     for (int64_t first = 0; first < c.m; first += together)
         for (int64_t row = begin; row < end; row += BLOCK) {
             const Batch b = batch_of(w, panel, row, end, BLOCK);
             for (int r = 0; r < BLOCK; r++)
-                expand(row + std::min(r, b.count - 1), rows + r * bytes);
+                expand(row + std::min(r, b.count - 1), rows + r * stride);
             const int64_t last = std::min(c.m, first + together);
             int64_t m = first;
             for (; m + MOST_TOKENS <= last; m += MOST_TOKENS)

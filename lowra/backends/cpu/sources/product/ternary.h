@@ -82,7 +82,7 @@ template <int M>
     if (c.m > MOST_TOKENS)
         return expanded_rows(w, c, t, panel, begin, end,
                              reinterpret_cast<const uint8_t*>(t.natural), natural_bytes(w.k),
-                             natural_bytes(w.k), [&](int64_t row, uint8_t* out) {
+                             aligned(w.k), [&](int64_t row, uint8_t* out) {
                                  expand_ternary(w, panel, row, out);
                              });
     for (int64_t row = begin; row < end; row += ROWS) {
