@@ -14,7 +14,7 @@ from lowra.passes.refit import refit_levels
 SWEEPS = 2
 """Passes over the columns per round of descent."""
 
-SETTLED = 3e-3
+SETTLED = 1e-2
 """A row whose error falls by no more than this part in a round is done."""
 
 

@@ -28,6 +28,7 @@ from lowra.passes import (
     RotateInputs,
     collect_statistics,
 )
+from lowra.passes.activations import gram_of
 from tests.compiler.captured import compiled_from, normalized
 from tests.models import plain_mlp, tokens
 from tests.passes.site_programs import CyclicWidths
@@ -268,3 +269,10 @@ def test_an_unknown_kind_of_gram_matrix_is_refused() -> None:
     program = normalized("llama")[1]
     with pytest.raises(RecipeError, match="gram='diag' is unknown; nearest: diagonal"):
         run_pipeline(program, (CollectStatistics(gram="diag"),))
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 64, 131])
+def test_a_gram_matrix_in_strips_is_the_whole_product(k: int) -> None:
+    rows = torch.randn(37, k, generator=torch.Generator().manual_seed(k))
+    gram = gram_of(rows)
+    torch.testing.assert_close(gram.double(), rows.double().T @ rows.double(), rtol=1e-4, atol=1e-4)
