@@ -25,6 +25,7 @@ from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
+from lowra.compiler.storage import PackedWeight
 from lowra.passes.activations import Runner
 from lowra.passes.divergence import divergence
 from lowra.passes.moments import MomentsReader
@@ -160,30 +161,33 @@ def _decided(program: Program) -> str:
 
 def _measure(program: Program, plans: Sequence[Program], advance: Callable[[], None]) -> Tensor:
     """How far the plans take the model on the held-out batches: float64 [plans]."""
-    models = [dict(program.tensors) for _ in plans]
+    packed: list[dict[str, PackedWeight]] = [{} for _ in plans]
     reader = MomentsReader(program)
     for site in program.sites:
         rotation = program.fact(site.name, Rotation)
         weight = rotate(program.weight(site), rotation)
-        for tensors, plan in zip(models, plans, strict=True):
+        for made, plan in zip(packed, plans, strict=True):
             books = plan.fact(site.name, Codebooks)
             widths = plan.fact(site.name, Precision).row_widths
-            packed = quantize(weight, reader.read(site), books, widths, rotation)
-            rounded = packed.dequantize(site.dtype)
-            tensors[site.weight] = rounded.T if site.transposed else rounded
+            made[site.name] = quantize(weight, reader.read(site), books, widths, rotation)
         advance()
-    distances = [_distances(program, models, batch) for batch in program.held_out]
-    return torch.stack(distances).mean(0)
+    return torch.stack([_far(program, made) for made in packed])
 
 
-def _distances(
-    program: Program, models: Sequence[Mapping[str, Tensor]], batch: tuple[Tensor, ...]
-) -> Tensor:
-    """The distance of each model's output from the original one's: float64 [models]."""
-    wanted = _output(program, program.tensors, batch)
-    return torch.stack([
-        _distance(program, wanted, _output(program, tensors, batch)) for tensors in models
-    ])  # fmt: skip
+def _far(program: Program, packed: Mapping[str, PackedWeight]) -> Tensor:
+    """The mean distance of the model on packed weights from the original: float64. Its dense
+    weights are held for one plan at a time."""
+    tensors = dict(program.tensors)
+    for site in program.sites:
+        rounded = packed[site.name].dequantize(site.dtype)
+        tensors[site.weight] = rounded.T if site.transposed else rounded
+    distances = [
+        _distance(
+            program, _output(program, program.tensors, batch), _output(program, tensors, batch)
+        )
+        for batch in program.held_out
+    ]
+    return torch.stack(distances).mean()
 
 
 def _distance(program: Program, wanted: Tensor, found: Tensor) -> Tensor:

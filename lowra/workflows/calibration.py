@@ -90,7 +90,6 @@ def generate_calibration(
     device = next(model.parameters()).device
     with (
         inference(model),
-        _plain_attention(model),
         _own_random_state(device, seed) as generator,
         stage("Write calibration text", count * context) as progress,
     ):
@@ -228,23 +227,6 @@ def _own_random_state(device: torch.device, seed: int) -> Generator[torch.Genera
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield torch.Generator(device).manual_seed(seed)
-
-
-@contextmanager
-def _plain_attention(model: Any) -> Generator[None]:
-    """On a CPU, attention as plain products: for one new token of many windows they take a third
-    of the time of torch's fused kernel, which is made for many new tokens."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "_attn_implementation", None)
-    device = next(model.parameters()).device
-    if before != "sdpa" or device.type != "cpu" or not hasattr(model, "set_attn_implementation"):
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _starts(model: Any, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
