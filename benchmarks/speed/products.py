@@ -50,11 +50,12 @@ def _lora_row(
     packed: list[tuple[Any, ...]], n: int, k: int, width: float, m: int, seconds: float
 ) -> Row:
     x = _tokens(m, k).bfloat16()
+    half = len(packed) // 2  # not the weight that has just been read
     factors = (torch.randn(RANK, k).bfloat16(), torch.randn(n, RANK).bfloat16(), 1.0)
     best = _best(
         seconds,
         plain=lambda turn: linear(x, packed[turn % len(packed)], None, None),
-        lora=lambda turn: linear(x, packed[turn % len(packed)], None, factors),
+        lora=lambda turn: linear(x, packed[(turn + half) % len(packed)], None, factors),
     )
     ratio = best["lora"] / best["plain"]
     return {"n": n, "k": k, "width": width, "m": m, "rank": RANK, **best, "ratio": ratio}
