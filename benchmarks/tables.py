@@ -14,13 +14,18 @@ from typing import Any
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.rows import ORIGINAL, missing_by_reason
 from benchmarks.results_file import FOLDER
+from benchmarks.speed.readme import assigning, fitting, speed
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
     text = README.read_text()
-    for name, render in (("quality", quality), ("demo", demo), ("compile", compile_time)):
+    renders = {
+        "quality": quality, "demo": demo, "compile": compile_time, "fit": fitting,
+        "assign": assigning, "speed_cpu": speed,
+    }  # fmt: skip
+    for name, render in renders.items():
         path = FOLDER / f"{name}.json"
         if path.exists():
             block = "\n".join(render(json.loads(path.read_text())))

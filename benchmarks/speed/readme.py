@@ -1,0 +1,88 @@
+"""What the README tells of speed, from speed_cpu.json, fit.json and assign.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def speed(data: Mapping[str, Any]) -> Iterator[str]:
+    """Products beside torch and ONNX Runtime, and the whole model."""
+    parts = data["parts"]
+    yield from _products(parts["products"])
+    onnx = parts.get("onnx", {}).get("result")
+    if isinstance(onnx, list):
+        times = [row["onnx_over_lowra"] for row in onnx]
+        yield ""
+        yield (
+            f"ONNX Runtime's `MatMulNBits` of 2 and 4 bits (blocks of 32, which store 1 bit more) "
+            f"takes {min(times):.2f} to {max(times):.2f} times as long on the same shapes and "
+            "tokens."
+        )
+    if "lora" in parts:
+        worst = max(row["ratio"] for row in parts["lora"]["result"])
+        yield f"LoRA of rank 16 adds at most {worst - 1:.0%} to a product of 1 or 16 tokens."
+    model = parts.get("model", {}).get("result", {})
+    if "generate_ratio" in model:
+        yield from _model(model)
+    if "start" in parts:
+        start = parts["start"]["result"]
+        yield (
+            f"A kernel's first use takes {start['first_use_seconds']:.1f} s to build, "
+            f"{1000 * start['cached_seconds']:.0f} ms from the cache afterwards."
+        )
+
+
+def _products(part: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Products on packed weights, times as fast as torch's bfloat16 linear, by turns, weights "
+        f"in no cache ({part['processor']}, {part['threads']} threads, {part['date']}, "
+        "`benchmarks/results/speed_cpu.json`):"
+    )
+    rows = part["result"]
+    tokens = sorted({row["m"] for row in rows})
+    yield ""
+    yield "| weight | bits | " + " | ".join(f"{m} tokens" for m in tokens) + " |"
+    yield "|---" * (2 + len(tokens)) + "|"
+    found = {(row["n"], row["k"], row["bits"], row["m"]): row["ratio"] for row in rows}
+    for n, k, bits in dict.fromkeys((row["n"], row["k"], row["bits"]) for row in rows):
+        ratios = " | ".join(f"{found[n, k, bits, m]:.2f}" for m in tokens)
+        yield f"| {n} x {k} | {bits:.1f} | {ratios} |"
+
+
+def _model(model: Mapping[str, Any]) -> Iterator[str]:
+    rates = model["tokens_per_second"]
+    yield (
+        f"SmolLM2-135M at {model['stored_bits']:.1f} bits with LoRA of rank 16 writes "
+        f"{rates['compressed']:.0f} tokens/s in transformers, the dense model {rates['dense']:.0f} "
+        f"({model['generate_ratio']:.2f}x); evaluating {model['evaluated_tokens']} tokens takes "
+        f"{model['evaluation_ratio']:.2f} times as long as dense, a LoRA step of "
+        f"{model['step_tokens']} tokens {model['lora_step_ratio']:.2f} times as long as peft's."
+    )
+    written = model.get("llama_cpp", {}).get("tokens_per_second", {})
+    told = [f"{kind} {rate:.0f}" for kind, rate in written.items() if isinstance(rate, float)]
+    if told:
+        yield f"llama.cpp writes {', '.join(told)} tokens/s on the same threads, without Python."
+
+
+def fitting(data: Mapping[str, Any]) -> Iterator[str]:
+    """Codebook fitting, per candidate width."""
+    rates = [row["weights_per_second_per_width"] / 1e6 for row in data["rows"]]
+    where = data["environment"]
+    yield (
+        f"Converged Lloyd of widths 1 to 4 together: {min(rates):.0f} to {max(rates):.0f} million "
+        f"weights per second and width ({where['processor']}, {data['threads']} threads, "
+        f"{where['date']}, `benchmarks/results/fit.json`)."
+    )
+
+
+def assigning(data: Mapping[str, Any]) -> Iterator[str]:
+    """The precision program at the size of LLaMA-2-7B."""
+    rows = [row for row in data["results"] if row["method"] == "knapsack"]
+    seconds, gaps = [row["seconds"] for row in rows], [row["gap"] for row in rows]
+    yield (
+        f"A width for each of {data['rows']:,} rows (the linears of LLaMA-2-7B, made-up "
+        f"statistics): {min(seconds):.1f} to {max(seconds):.1f} s, proven within "
+        f"{max(gaps):.0e} of the optimum ({data['environment']['date']}, "
+        "`benchmarks/results/assign.json`)."
+    )
