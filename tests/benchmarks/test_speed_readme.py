@@ -1,0 +1,51 @@
+"""What the README tells of speed, from a few made-up results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.speed.readme import assigning, fitting, speed
+
+WHERE = {"date": "2026-11-25", "processor": "A CPU", "threads": 2}
+PRODUCTS = [
+    {"n": 8, "k": 16, "bits": bits, "m": m, "ratio": bits + m} for bits in (1.0, 4.0)
+    for m in (1, 16)
+]  # fmt: skip
+
+
+def test_every_product_has_its_cell_and_every_part_its_sentence() -> None:
+    parts: dict[str, Any] = {
+        "products": {**WHERE, "result": PRODUCTS},
+        "onnx": {**WHERE, "result": [{"onnx_over_lowra": 1.5}, {"onnx_over_lowra": 2.25}]},
+        "lora": {**WHERE, "result": [{"ratio": 1.02}, {"ratio": 1.08}]},
+        "start": {**WHERE, "result": {"first_use_seconds": 2.3, "cached_seconds": 0.003}},
+    }
+    text = "\n".join(speed({"parts": parts}))
+    assert "| 8 x 16 | 1.0 | 2.00 | 17.00 |" in text
+    assert "| 8 x 16 | 4.0 | 5.00 | 20.00 |" in text
+    assert "1.50 to 2.25 times as long" in text
+    assert "at most 8%" in text
+    assert "2.3 s to build, 3 ms from the cache" in text
+
+
+def test_a_missing_peer_leaves_its_sentence_out() -> None:
+    parts: dict[str, Any] = {
+        "products": {**WHERE, "result": PRODUCTS},
+        "onnx": {**WHERE, "result": {"missing": "not installed: onnx"}},
+        "model": {**WHERE, "result": {"missing": "give --model"}},
+    }
+    text = "\n".join(speed({"parts": parts}))
+    assert "MatMulNBits" not in text
+    assert "tokens/s" not in text
+
+
+def test_the_slowest_and_the_loosest_are_told() -> None:
+    rows = [
+        {"method": "knapsack", "seconds": 1.7, "gap": 1e-9},
+        {"method": "knapsack", "seconds": 2.7, "gap": 3e-7},
+        {"method": "two-level (LowRA)", "seconds": 16.0, "gap": 1.0},
+    ]
+    data = {"rows": 1000, "environment": WHERE, "results": rows}
+    assert "1.7 to 2.7 s, proven within 3e-07" in " ".join(assigning(data))
+    fits = [{"weights_per_second_per_width": rate} for rate in (78e6, 451e6)]
+    assert "78 to 451 million" in " ".join(fitting({"rows": fits, "environment": WHERE} | WHERE))
