@@ -36,7 +36,7 @@ from lowra.workflows.models import fetch_smollm2, load_model
 class Sizes:
     """How much text goes into calibration, test and training."""
 
-    calibration: tuple[int, int] = (16384, 256)
+    calibration: tuple[int, int] = (8192, 256)
     test: tuple[int, int] = (8, 512)
     train: tuple[int, int] = (60, 256)
     train_batch: int = 2
