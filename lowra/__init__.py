@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lowra.api import compile, export, load, plan, save
     from lowra.recipe import Recipe
     from lowra.runtime.session import Session
+    from lowra.runtime.training import prepare_training, trainable
     from lowra.workflows.planning import Plan
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "export",
     "load",
     "plan",
+    "prepare_training",
     "save",
+    "trainable",
 ]
 
 _HOMES = {
@@ -35,6 +38,8 @@ _HOMES = {
     "Plan": "lowra.workflows.planning",
     "Recipe": "lowra.recipe",
     "Session": "lowra.runtime.session",
+    "prepare_training": "lowra.runtime.training",
+    "trainable": "lowra.runtime.training",
 }
 
 
