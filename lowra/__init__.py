@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowra.recipe import Recipe
     from lowra.runtime.session import Session
     from lowra.runtime.training import prepare_training, trainable
+    from lowra.workflows.finetune import finetune
     from lowra.workflows.planning import Plan
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "compile",
     "export",
+    "finetune",
     "load",
     "plan",
     "prepare_training",
@@ -35,6 +37,7 @@ _HOMES = {
     "save": "lowra.api",
     "load": "lowra.api",
     "export": "lowra.api",
+    "finetune": "lowra.workflows.finetune",
     "Plan": "lowra.workflows.planning",
     "Recipe": "lowra.recipe",
     "Session": "lowra.runtime.session",
