@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lowra.api import compile, export, load, plan, save
     from lowra.recipe import Recipe
     from lowra.runtime.session import Session
+    from lowra.runtime.training import prepare_training, trainable
+    from lowra.workflows.finetune import finetune
     from lowra.workflows.planning import Plan
 
 __all__ = [
@@ -21,9 +23,12 @@ __all__ = [
     "__version__",
     "compile",
     "export",
+    "finetune",
     "load",
     "plan",
+    "prepare_training",
     "save",
+    "trainable",
 ]
 
 _HOMES = {
@@ -32,9 +37,12 @@ _HOMES = {
     "save": "lowra.api",
     "load": "lowra.api",
     "export": "lowra.api",
+    "finetune": "lowra.workflows.finetune",
     "Plan": "lowra.workflows.planning",
     "Recipe": "lowra.recipe",
     "Session": "lowra.runtime.session",
+    "prepare_training": "lowra.runtime.training",
+    "trainable": "lowra.runtime.training",
 }
 
 

@@ -22,9 +22,10 @@ from lowra.passes import NormalizeLinears, QuantizeWeights
 from lowra.recipe import Recipe
 from lowra.runtime.checkpoint_reader import load_checkpoint
 from lowra.runtime.checkpoint_writer import save_checkpoint
-from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
+from lowra.runtime.compiled import Compiled, compiled
 from lowra.runtime.export import export_program
 from lowra.runtime.module_view import build_module_view
+from lowra.runtime.training import attach
 from lowra.workflows.calibration_batches import calibrated
 from lowra.workflows.models import load_model
 from lowra.workflows.plan_file import check_plan, has_widths, read_plan, with_planned
@@ -83,7 +84,7 @@ def compile(
     info = Compiled(
         program.sites, program.fingerprint, recipe.to_dict(), plan_data, report, program
     )
-    setattr(view, ATTRIBUTE, info)
+    attach(view, info)
     return cast("M", view)
 
 

@@ -13,6 +13,7 @@ from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY
 from lowra.compiler.pipeline import Pass
 from lowra.passes import AssignPrecision, TuneBlocks, TuneModel
+from lowra.passes.adapter_ranks import rank_of
 from lowra.recipe_checks import RANKS, check_together, check_values, patterns
 from lowra.recipe_pipeline import assignment_of, passes_of
 
@@ -50,6 +51,10 @@ class Recipe:
         (rows weighted by sensitivity), "alternate" (the base quantized anew in turn), "loftq" or
         "zero". rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition
         with row widths (see lowra/passes/rank_options.py).
+    targets: patterns of the weights that get an adapter, by default all. rank_pattern: {pattern:
+        rank} for the sites that match; of several, the first wins. rslora: the adapter's output is
+        scaled by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) in place of alpha / rank.
+        lora_dropout: share of the adapter's inputs that training drops, as in PEFT.
     correction_rank, correction_bits: a frozen low-rank correction beside every packed weight, its
         factors at 4 or 8 bits per value; counted in stored bits. Rank 0 for none.
     threshold_average: (preset "lowra") what the paper's thresholds are averaged over, which its
@@ -86,6 +91,10 @@ class Recipe:
     layouts: str | tuple[str, ...] | None = None
     rank: int | str = 16
     alpha: float | None = None
+    targets: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    rslora: bool = False
+    lora_dropout: float = 0.0
     init: str | None = None
     threshold_average: str | None = None
     loftq_mappings: str | None = None
@@ -108,7 +117,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_values(self)
         settled: dict[str, Any] = {
-            name: patterns(name, getattr(self, name)) for name in ("include", "ignore")
+            name: patterns(name, getattr(self, name)) for name in ("include", "ignore", "targets")
         }
         if self.layouts not in (None, "auto"):
             settled["layouts"] = tuple(dict.fromkeys(patterns("layouts", self.layouts)))
@@ -130,7 +139,7 @@ class Recipe:
         if "bit_budget" not in data:
             raise RecipeError("a recipe needs bit_budget, bits per compressed weight")
         values = dict(data)
-        for name in ("widths", "include", "ignore", "layouts"):
+        for name in ("widths", "include", "ignore", "targets", "layouts"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(**values)
@@ -190,6 +199,15 @@ class Recipe:
     @property
     def largest_rank(self) -> int:
         """The largest rank that a site can get."""
+        return max(self.usual_rank, *self.rank_pattern.values(), 0)
+
+    def rank_of(self, site: str) -> int:
+        """The rank that the recipe asks for at a site, by the site's name."""
+        return rank_of(site, self.usual_rank, self.targets, tuple(self.rank_pattern.items()))
+
+    @property
+    def usual_rank(self) -> int:
+        """The rank of sites that no pattern names; the largest where the planner chooses."""
         return self.rank if isinstance(self.rank, int) else max(RANKS)
 
     @property

@@ -53,9 +53,10 @@ def check_values(recipe: Recipe) -> None:
     for name in ("rank", "correction_rank", "seed", *SIZES):
         if (name, recipe.rank) != ("rank", "auto"):
             check_whole(name, getattr(recipe, name), 1 if name in SIZES else 0)
-    for name in ("include", "ignore"):
+    for name in ("include", "ignore", "targets"):
         patterns(name, getattr(recipe, name))
     _check_types(recipe)
+    _check_adapter(recipe)
     _check_widths(recipe)
     _check_listed(recipe)
     _check_layouts(recipe.layouts)
@@ -67,6 +68,7 @@ def check_together(recipe: Recipe) -> None:
         raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
     _check_preset(recipe)
     _check_choosing(recipe)
+    _check_ranks(recipe)
     quantizing = [name for name, quantizes in _quantizing_anew(recipe).items() if quantizes]
     if quantizing and recipe.tune != "none":
         raise RecipeError(
@@ -93,7 +95,7 @@ def _quantizing_anew(recipe: Recipe) -> dict[str, bool]:
 
 
 def _check_types(recipe: Recipe) -> None:
-    for name in ("rotation", "shared_codebooks", "count_adapters"):
+    for name in ("rotation", "shared_codebooks", "count_adapters", "rslora"):
         if not isinstance(getattr(recipe, name), (bool, type(None))):
             raise RecipeError(f"{name}={getattr(recipe, name)!r} must be true or false")
     if recipe.alpha is not None and not is_positive(recipe.alpha):
@@ -106,6 +108,31 @@ def _check_types(recipe: Recipe) -> None:
         raise RecipeError(f"pins={recipe.pins!r} must map patterns to widths")
     if not all(isinstance(pattern, str) for pattern in recipe.pins):
         raise RecipeError(f"pins={recipe.pins!r}: a pattern is not a string")
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    share = recipe.lora_dropout
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise RecipeError(f"lora_dropout={share!r} must be a share from 0 to below 1, such as 0.05")
+    ranks = recipe.rank_pattern
+    if not isinstance(ranks, Mapping) or not all(isinstance(pattern, str) for pattern in ranks):
+        raise RecipeError(f"rank_pattern={ranks!r} must map patterns to ranks")
+    for pattern, rank in ranks.items():
+        check_whole(f"rank_pattern[{pattern!r}]", rank, 0)
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    """Ranks that differ between sites cannot be chosen too, nor are they counted by the budget."""
+    for name in ("targets", "rank_pattern"):
+        if not getattr(recipe, name):
+            continue
+        if recipe.rank == "auto":
+            raise RecipeError(f"{name} fixes ranks that rank='auto' chooses; leave one out")
+        if recipe.count_adapters:
+            raise RecipeError(
+                f"count_adapters=True counts one rank at all sites, and {name} gives them several; "
+                "leave one out"
+            )
 
 
 def _check_widths(recipe: Recipe) -> None:

@@ -125,18 +125,29 @@ def _additions(recipe: Recipe) -> tuple[Pass, ...]:
     if recipe.correction_rank:
         steps.append(CorrectWeights(rank=recipe.correction_rank, bits=recipe.correction_bits))
     init = recipe.init or ("loftq" if recipe.is_paper else "closed-form")
-    if rank := recipe.largest_rank:
+    if recipe.largest_rank:
         steps.append(
             InitializeAdapters(
-                rank=rank,
-                alpha=float(rank if recipe.alpha is None else recipe.alpha),
+                rank=recipe.usual_rank,
+                alpha=_alpha(recipe),
                 rule=init,
                 seed=recipe.seed,
                 relearn=recipe.loftq_mappings == "relearned",
                 threshold_average=recipe.threshold_average or AVERAGES[0],
+                targets=recipe.targets,
+                ranks=tuple(f"{pattern}={rank}" for pattern, rank in recipe.rank_pattern.items()),
+                rslora=recipe.rslora,
             )
         )
         if recipe.tune == "full" and init != "zero":
             tokens, seed = recipe.tune_batch_tokens, recipe.seed
             steps.append(TuneAdapters(recipe.tune_model_steps, tokens, seed=seed))
     return tuple(steps)
+
+
+def _alpha(recipe: Recipe) -> float:
+    """The alpha of all sites; 0 where each has its own rank for alpha."""
+    if recipe.alpha is not None:
+        return float(recipe.alpha)
+    own = recipe.rank_pattern or (recipe.rslora and recipe.rank == "auto")
+    return 0.0 if own else float(recipe.largest_rank)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from safetensors.torch import load_file
 
+from lowra.runtime.modules import is_lora
+from lowra.runtime.training import MARK
 from tests.cli.conftest import letters
 from tests.models import tiny_llama
+from tests.runtime.compiled_models import low_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,6 +30,7 @@ def load_example(name: str) -> ModuleType:
 
 
 def test_every_example_has_a_main() -> None:
+    pytest.importorskip("trl")
     for path in EXAMPLES.glob("*.py"):
         assert callable(load_example(path.stem).main), path
 
@@ -40,3 +46,46 @@ def test_quickstart_compiles_trains_and_saves(
     for folder in ("4bit", "3bit", "3bit-trained"):
         assert (tmp_path / "out" / folder / "lowra.json").is_file()
     assert "LoRA at 3 bits: 2 training steps" in capsys.readouterr().out.replace("\n", " ")
+
+
+def trained_checkpoint(out: Path) -> set[str]:
+    """Names of the tensors that the last checkpoint of a run holds."""
+    last = sorted((out / "checkpoints").glob("checkpoint-*"))[-1]
+    return {*load_file(last / "model.safetensors")}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_finetune_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    example = load_example("finetune_trainer")
+    text = "the cat sat on the mat, and so did the dog. " * 12
+    model = copy.deepcopy(low_llama().compiled)
+    found = example.run(model, letters(), text, tmp_path, steps=4, context=24)
+    assert found["after"] < found["before"]
+    assert (tmp_path / "model" / "lowra.json").is_file()
+    assert all(is_lora(name) or name == MARK for name in trained_checkpoint(tmp_path))
+    fresh = copy.deepcopy(low_llama().compiled)
+    again = example.run(fresh, letters(), text, tmp_path, steps=4, context=24)
+    assert again["after"] == pytest.approx(found["after"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_finetune_trl_trains_and_saves(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    example = load_example("finetune_trl")
+    tokenizer = letters()
+    tokenizer.add_special_tokens({"eos_token": "~", "pad_token": "`"})
+    data = [{"text": f"{a} plus {b} is {a + b}."} for a in range(5) for b in range(8)]
+    model = copy.deepcopy(low_llama().compiled)
+    found = example.run(model, tokenizer, data, tmp_path, steps=4, max_length=32)
+    assert found["after"] < found["before"]
+    assert (tmp_path / "model" / "lowra.json").is_file()
+    assert all(is_lora(name) or name == MARK for name in trained_checkpoint(tmp_path))
+
+
+def test_the_trl_example_reads_records_and_makes_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    example = load_example("finetune_trl")
+    assert example.records(None)[0]["messages"][1]["content"] == "2 plus 2 is 4."
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert example.records(tmp_path / "d.jsonl") == [{"text": "a"}, {"text": "b"}]

@@ -65,17 +65,47 @@ CorrectionRankOption = Annotated[
 CorrectionBitsOption = Annotated[
     int | None, typer.Option(help="Bits per value of it: 4 or 8.", rich_help_panel=PANEL)
 ]
+AlphaOption = Annotated[
+    float | None, typer.Option(help="LoRA's alpha; by default the rank.", rich_help_panel=PANEL)
+]
+TargetsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="PATTERN", rich_help_panel=PANEL,
+        help="Weights that get an adapter, by default all; repeatable.",
+    ),
+]  # fmt: skip
+RankPatternOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rank-pattern", metavar="PATTERN=RANK", rich_help_panel=PANEL,
+        help="Another LoRA rank for some weights; repeatable.",
+    ),
+]  # fmt: skip
+RsloraOption = Annotated[
+    bool | None,
+    typer.Option("--rslora", help="Scale by alpha / sqrt(rank).", rich_help_panel=PANEL),
+]
+LoraDropoutOption = Annotated[
+    float | None,
+    typer.Option(help="Share of an adapter's inputs that training drops.", rich_help_panel=PANEL),
+]
 
 ADVANCED = (
     "layouts", "group", "scale_bits", "codebook_bits", "shared_codebooks", "rotation", "guided",
-    "init", "correction_rank", "correction_bits",
+    "init", "correction_rank", "correction_bits", "alpha", "targets", "rank_pattern", "rslora",
+    "lora_dropout",
 )  # fmt: skip
 """Names of these options, which are those of the recipe's fields."""
 
 
 def advanced_fields(ctx: typer.Context) -> dict[str, Any]:
     """The recipe's fields that these options give; None where one was not given."""
+    from lowra.passes.adapter_ranks import parse_ranks
+
     fields = {name: ctx.params[name] for name in ADVANCED}
     if fields["layouts"] not in (None, "auto"):
         fields["layouts"] = tuple(text.strip() for text in fields["layouts"].split(","))
+    fields["targets"] = tuple(fields["targets"] or ()) or None
+    fields["rank_pattern"] = dict(parse_ranks(fields["rank_pattern"] or ())) or None
     return fields

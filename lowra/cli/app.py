@@ -11,6 +11,7 @@ from lowra.cli.compile import compile_model
 from lowra.cli.errors import GuardedGroup
 from lowra.cli.eval import eval_model
 from lowra.cli.export import export_model
+from lowra.cli.finetune import finetune_model
 from lowra.cli.generate import generate_text
 from lowra.cli.inspect import inspect_model
 from lowra.cli.plan import plan_model
@@ -47,6 +48,7 @@ def root(
 
 app.command("plan")(plan_model)
 app.command("compile")(compile_model)
+app.command("finetune")(finetune_model)
 app.command("eval")(eval_model)
 app.command("inspect")(inspect_model)
 app.command("bench")(bench)

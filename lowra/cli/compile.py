@@ -9,6 +9,7 @@ import typer
 
 from lowra.cli.advanced import (
     ADVANCED,
+    AlphaOption,
     CodebookBitsOption,
     CorrectionBitsOption,
     CorrectionRankOption,
@@ -16,9 +17,13 @@ from lowra.cli.advanced import (
     GuidedOption,
     InitOption,
     LayoutsOption,
+    LoraDropoutOption,
+    RankPatternOption,
     RotationOption,
+    RsloraOption,
     ScaleBitsOption,
     SharedCodebooksOption,
+    TargetsOption,
     advanced_fields,
 )
 from lowra.cli.calibration_options import (
@@ -111,6 +116,11 @@ def compile_model(
     init: InitOption = None,
     correction_rank: CorrectionRankOption = None,
     correction_bits: CorrectionBitsOption = None,
+    alpha: AlphaOption = None,
+    targets: TargetsOption = None,
+    rank_pattern: RankPatternOption = None,
+    rslora: RsloraOption = None,
+    lora_dropout: LoraDropoutOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -133,7 +143,7 @@ def compile_model(
             calibration_tokens=calibration_tokens, context=context, seed=seed,
             tune=tune.value, tune_steps=tune_steps, **advanced_fields(ctx),
         )}  # fmt: skip
-    _check_output(out, overwrite)
+    check_output(out, overwrite)
     if save_plan is not None:
         check_plan_path(save_plan, overwrite)
     with work_folder(out, work_dir, ctx.obj.note) as folder, show_progress():
@@ -167,7 +177,7 @@ def _compile(
     return info
 
 
-def _check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool) -> None:
     """Raise OutputError unless `out` is free, or an earlier checkpoint that may be replaced."""
     from lowra.compiler.errors import OutputError
     from lowra.runtime.checkpoint_writer import check_free

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowra.cli.advanced import (
+    AlphaOption,
     CodebookBitsOption,
     CorrectionBitsOption,
     CorrectionRankOption,
@@ -16,9 +17,13 @@ from lowra.cli.advanced import (
     GuidedOption,
     InitOption,
     LayoutsOption,
+    LoraDropoutOption,
+    RankPatternOption,
     RotationOption,
+    RsloraOption,
     ScaleBitsOption,
     SharedCodebooksOption,
+    TargetsOption,
     advanced_fields,
 )
 from lowra.cli.calibration_options import (
@@ -99,6 +104,11 @@ def plan_model(
     init: InitOption = None,
     correction_rank: CorrectionRankOption = None,
     correction_bits: CorrectionBitsOption = None,
+    alpha: AlphaOption = None,
+    targets: TargetsOption = None,
+    rank_pattern: RankPatternOption = None,
+    rslora: RsloraOption = None,
+    lora_dropout: LoraDropoutOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:

@@ -76,6 +76,18 @@ class OutputError(LowraError):
     exit_code = 7
 
 
+class DataError(LowraError):
+    """Training data is missing, empty, lacks a field, or does not fit the model."""
+
+    exit_code = 4
+
+
+class TrainingError(LowraError):
+    """Training cannot go on: the loss is no number any more, or what it needs is not installed."""
+
+    exit_code = 10
+
+
 class ModelError(LowraError):
     """A model named by a user cannot be found or read."""
 

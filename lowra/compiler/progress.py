@@ -21,6 +21,9 @@ class Stage(Protocol):
     def advance(self, n: int = 1) -> None:
         """Count `n` more units (of the stage's `total`) as done."""
 
+    def say(self, text: str) -> None:
+        """Show `text` behind the stage's title, in place of what was said before."""
+
 
 class _Reporter(Protocol):
     """Something that shows stages."""
@@ -28,6 +31,8 @@ class _Reporter(Protocol):
     def begin(self, title: str, total: int | None) -> int: ...
 
     def advance(self, task: int, n: int) -> None: ...
+
+    def say(self, task: int, text: str) -> None: ...
 
     def end(self, task: int) -> None: ...
 
@@ -90,6 +95,9 @@ class _SilentStage:
     def advance(self, n: int = 1) -> None:
         return
 
+    def say(self, text: str) -> None:
+        return
+
 
 _SILENT = _SilentStage()
 
@@ -101,6 +109,9 @@ class _ShownStage:
 
     def advance(self, n: int = 1) -> None:
         self._reporter.advance(self._task, n)
+
+    def say(self, text: str) -> None:
+        self._reporter.say(self._task, text)
 
 
 @contextmanager
@@ -128,14 +139,19 @@ class _RichReporter:
             console=Console(file=sys.stderr),
         )
         self._open: list[int] = []
+        self._titles: dict[int, str] = {}
 
     def begin(self, title: str, total: int | None) -> int:
         task = self.progress.add_task(title, total=total)
         self._open.append(task)
+        self._titles[task] = title
         return task
 
     def advance(self, task: int, n: int) -> None:
         self.progress.advance(self._id(task), n)
+
+    def say(self, task: int, text: str) -> None:
+        self.progress.update(self._id(task), description=f"{self._titles[task]}  {text}")
 
     def end(self, task: int) -> None:
         self._open.remove(task)

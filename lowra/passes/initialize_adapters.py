@@ -24,6 +24,7 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate, unrotate
 from lowra.compiler.storage import PackedWeight
+from lowra.passes.adapter_ranks import check_patterns, parse_ranks, rank_of, scaling_of
 from lowra.passes.correct_weights import requantized
 from lowra.passes.fit_codebooks import paper_codebooks
 from lowra.passes.low_rank import Factors, alternate, closed_form, two_sided
@@ -49,6 +50,10 @@ class InitializeAdapters(Pass):
     W - BA each time, its mappings and thresholds only under `relearn`, at `threshold_average`.
     rule "zero": B = 0 and A Gaussian, as plain LoRA starts.
     Where a site has a Correction C, W - C stands for W.
+
+    targets: patterns of the sites that get an adapter, by default all. ranks: "pattern=rank"
+    entries for the sites that match. alpha 0: each site's own rank. rslora: scaling is
+    alpha / sqrt(rank) and not alpha / rank. Raises PatternError for a pattern that matches nothing.
     """
 
     name: ClassVar[str] = "initialize-adapters"
@@ -62,8 +67,16 @@ class InitializeAdapters(Pass):
     seed: int = 0
     relearn: bool = False
     threshold_average: str = "iterations"
+    targets: tuple[str, ...] = ()
+    ranks: tuple[str, ...] = ()
+    rslora: bool = False
+
+    def require(self, program: Program) -> None:
+        names = [site.name for site in program.sites]
+        check_patterns(names, self.targets, parse_ranks(self.ranks))
 
     def run(self, program: Program) -> Program:
+        self.require(program)
         facts: dict[str, list[object]] = {}
         moments = MomentsReader(program)
         with stage("adapters", len(program.sites)) as bar:
@@ -75,11 +88,11 @@ class InitializeAdapters(Pass):
     def _site(
         self, program: Program, site: Site, position: int, moments: MomentsReader
     ) -> list[object]:
-        chosen = program.find(site.name, AdapterRank)
-        rank = min(self.rank if chosen is None else chosen.rank, site.n, site.k)
+        asked = self._asked_rank(program, site)
+        rank = min(asked, site.n, site.k)
         if not rank:
             return [program.fact(site.name, Packed)]
-        scaling = self.alpha / self.rank
+        scaling = self._scaling(program, site, asked)
         weight, gram = self._goal(program, site)
         packed = program.fact(site.name, Packed)
         residual = weight - packed.weight.dequantize()
@@ -106,6 +119,18 @@ class InitializeAdapters(Pass):
         root = scaling**0.5
         left = output_error(residual - b @ a, gram) / energy
         return [Adapter(a / root, b / root, scaling, left), packed]
+
+    def _asked_rank(self, program: Program, site: Site) -> int:
+        chosen = program.find(site.name, AdapterRank)
+        if chosen is not None:
+            return chosen.rank
+        return rank_of(site.name, self.rank, self.targets, parse_ranks(self.ranks))
+
+    def _scaling(self, program: Program, site: Site, asked: int) -> float:
+        """One scaling for all ranks that the planner chooses, so that alpha means one thing; with
+        ranks by pattern, and in rsLoRA, each rank's own."""
+        one = program.find(site.name, AdapterRank) is not None and not self.rslora
+        return scaling_of(self.alpha, self.rank if one else asked, self.rslora)
 
     def _goal(self, program: Program, site: Site) -> tuple[Tensor, Tensor]:
         """The weight [n, k] that base and adapter stand for together, and the metric of errors.

@@ -18,10 +18,11 @@ from lowra.compiler.errors import CheckpointError, LowraError
 from lowra.compiler.program import Site
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import ROLES, PackedWeight, from_tensors
-from lowra.runtime.compiled import ATTRIBUTE, Compiled
+from lowra.runtime.compiled import Compiled
 from lowra.runtime.manifest import MANIFEST, check_sums, read_manifest, stored_tensors
 from lowra.runtime.module_view import place
 from lowra.runtime.modules import QuantizedModule, is_lora
+from lowra.runtime.training import attach
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -52,7 +53,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     info = Compiled(
         sites, manifest["fingerprint"], manifest["recipe"], manifest["plan"], manifest["report"]
     )
-    setattr(model, ATTRIBUTE, info)
+    attach(model, info)
     return model.eval()
 
 

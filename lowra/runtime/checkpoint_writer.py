@@ -154,13 +154,15 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _adapter_config(model: nn.Module, info: Compiled) -> dict[str, Any]:
     layers = {n: m for n, m in quantized_linears(model).items() if m.rank}
     rank = max(layer.rank for layer in layers.values())
-    scaling = next(iter(layers.values())).scaling
+    alpha = rank * next(layer.scaling for layer in layers.values() if layer.rank == rank)
+    alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": scaling * rank,
+        "lora_alpha": alpha,
         "rank_pattern": {n: m.rank for n, m in layers.items() if m.rank != rank},
-        "alpha_pattern": {n: m.scaling * m.rank for n, m in layers.items() if m.rank != rank},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
         "target_modules": sorted(layers),
         "base_model_name_or_path": info.recipe.get("model", None),
         "bias": "none",

@@ -170,7 +170,8 @@ class QuantizedLinear(QuantizedModule):
     """A linear layer on a packed weight, with optional correction and LoRA:
     y = W x + C x + bias + scaling B A x.
 
-    `lora_A` [r, k] and `lora_B` [n, r] are the only parameters that require grad.
+    `lora_A` [r, k] and `lora_B` [n, r] are the only parameters that require grad. In training mode
+    the adapter reads x with a share `dropout` of its elements dropped (LoRA's dropout).
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class QuantizedLinear(QuantizedModule):
         self.bias = bias
         self.adapter_enabled = True
         self.scaling = 0.0
+        self.dropout = 0.0
         self.lora_A = self.lora_B = None
         if adapter is not None:
             a, b, self.scaling = adapter
@@ -201,10 +203,13 @@ class QuantizedLinear(QuantizedModule):
         factors = (a, b, self.scaling) if a is not None and b is not None else None
         if factors is None and self.lora_A is not None and self.lora_B is not None:
             factors = (self.lora_A, self.lora_B, self.scaling)
-        y = linear(
-            x, self.packed(), self.bias if bias is None else bias,
-            factors if self.adapter_enabled else None,
-        )  # fmt: skip
+        factors = factors if self.adapter_enabled else None
+        bias = self.bias if bias is None else bias
+        if factors is not None and self.dropout and self.training:
+            y = linear(x, self.packed(), bias, None)
+            y = y + _low_rank(functional.dropout(x, self.dropout), *factors)
+        else:
+            y = linear(x, self.packed(), bias, factors)
         return y if "correction_A" not in self._modules else self.corrected(x, y)
 
     def extra_repr(self) -> str:
@@ -212,6 +217,11 @@ class QuantizedLinear(QuantizedModule):
         extra = 0 if correction is None else correction.stored_bits()
         bits = (self.stored().stored_bits() + extra) / (self.n * self.k)
         return f"in_features={self.k}, out_features={self.n}, bits={bits:.3f}, rank={self.rank}"
+
+
+def _low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling (x A') B'"""
+    return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scaling
 
 
 class QuantizedEmbedding(QuantizedModule):

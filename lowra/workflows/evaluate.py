@@ -55,9 +55,9 @@ def evaluate(
     Raises `LowraError` for a model that is no causal language model, for two vocabularies of
     different sizes, and (as `CalibrationError`) for tokens of a wrong shape or range.
     """
-    _require_language_model(model)
+    require_language_model(model)
     if reference is not None:
-        _require_language_model(reference)
+        require_language_model(reference)
     tokens = check_token_ids(tokens, vocabulary_size(model), "evaluation data")
     count, context = tokens.shape
     if context < 2 or batch < 1:
@@ -193,7 +193,8 @@ def _padding(model: Any) -> int | None:
     return None
 
 
-def _require_language_model(model: nn.Module) -> None:
+def require_language_model(model: nn.Module) -> None:
+    """Raise LowraError for a model that predicts no next tokens."""
     config = getattr(model, "config", None)
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None:

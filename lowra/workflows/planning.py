@@ -167,7 +167,7 @@ def _estimates(program: Program, recipe: Recipe, uncompressed_bytes: int) -> dic
 def _rank(program: Program, recipe: Recipe, site: Site) -> int:
     """The LoRA rank of a site: the planner's where it chose one, at most what the shape has."""
     chosen = program.find(site.name, AdapterRank)
-    return min(recipe.largest_rank if chosen is None else chosen.rank, site.n, site.k)
+    return min(recipe.rank_of(site.name) if chosen is None else chosen.rank, site.n, site.k)
 
 
 def _site_row(program: Program, site: Site) -> dict[str, Any]:

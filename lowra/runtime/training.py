@@ -1,0 +1,215 @@
+"""What of a compiled model trains, and the state that a Hugging Face Trainer keeps of it.
+
+Trainer writes `model.save_pretrained(folder)` into its checkpoints and reads them back with
+`load_state_dict(..., strict=False)`. A compiled model writes only what trains there, as PEFT's
+models do, and beside it digests of the base, without which A and B mean nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowra.compiler.errors import CheckpointError
+from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
+from lowra.runtime.manifest import checksum
+from lowra.runtime.module_view import quantized_linears
+from lowra.runtime.modules import QuantizedModule, is_lora
+
+MARK = "lowra.base"
+"""In a Trainer checkpoint: uint8 [3, 32], the sha256 of what `DIGESTS` names."""
+
+DIGESTS = ("original model", "recipe", "compressed weights")
+STATE = "model.safetensors"
+NOTE = "lowra_training.json"
+EXTRAS = ("norms",)
+"""What may train beside the adapters."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """How many parameters train: of the adapters, of norms, and out of how many of the model.
+
+    A compressed weight [n, k] counts as n * k. `bytes` is what the trained ones take in memory.
+    """
+
+    adapters: int
+    norms: int
+    total: int
+    bytes: int
+
+    @property
+    def trained(self) -> int:
+        return self.adapters + self.norms
+
+    def __str__(self) -> str:
+        beside = f" (of these norms: {self.norms:,})" if self.norms else ""
+        return (
+            f"trainable params: {self.trained:,}{beside} || all params: {self.total:,} || "
+            f"trainable%: {100 * self.trained / max(self.total, 1):.4f}"
+        )
+
+
+def trainable(model: nn.Module) -> Trainable:
+    """The report of `print(trainable(model))`, as peft's `print_trainable_parameters` gives it."""
+    named = dict(model.named_parameters())
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    adapters = sum(p.numel() for name, p in trained.items() if is_lora(name))
+    packed = {m.codes.data_ptr(): m.n * m.k for m in model.modules() if _is_base(m)}
+    return Trainable(
+        adapters,
+        sum(p.numel() for p in trained.values()) - adapters,
+        sum(p.numel() for p in named.values()) + sum(packed.values()),
+        sum(p.numel() * p.element_size() for p in trained.values()),
+    )
+
+
+def _is_base(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedModule)
+
+
+def prepare_training(
+    model: nn.Module, extras: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+) -> Trainable:
+    """Make the adapters, and with `extras` ("norms",) the norms, the only parameters that train.
+
+    They are held in `dtype`, float32 as peft does it: an optimiser's small steps are lost in
+    bfloat16. Products run in the dtype of the activations all the same. Raises CheckpointError for
+    a model that lowra did not compile, or that has no adapter, ValueError for another extra.
+    """
+    if compiled(model) is None:
+        raise CheckpointError("this model was not compiled by lowra; call lowra.compile first")
+    if not any(layer.rank for layer in quantized_linears(model).values()):
+        raise CheckpointError("this model has no adapter to train: compile it with a rank above 0")
+    for name in extras:
+        if name not in EXTRAS:
+            raise ValueError(f"{name!r} cannot be trained beside the adapters; only {EXTRAS}")
+    norms = _norms(model) if "norms" in extras else set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_lora(name) or name in norms)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return trainable(model)
+
+
+def _norms(model: nn.Module) -> set[str]:
+    """Names of the parameters of normalisation layers, which are told by their class's name."""
+    return {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+
+
+def set_dropout(model: nn.Module, share: float) -> None:
+    """Drop a share of every adapter's inputs in training mode."""
+    for layer in quantized_linears(model).values():
+        layer.dropout = float(share)
+
+
+def attach(model: nn.Module, info: Compiled) -> None:
+    """Make `model` carry `info`, and keep and take training state as described above."""
+    setattr(model, ATTRIBUTE, info)
+    set_dropout(model, info.recipe.get("lora_dropout", 0.0))
+    model.register_load_state_dict_pre_hook(_check_state)
+    model.register_load_state_dict_post_hook(_forget_base)
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = MethodType(save_trained, model)
+
+
+def save_trained(
+    model: nn.Module, folder: str | Path, is_main_process: bool = True, **_options: Any
+) -> None:
+    """Write what trains, by its name in the state dict, and what base it belongs to.
+
+    `lowra.save` writes the whole model. The options of transformers' `save_pretrained` that Trainer
+    gives are about whole models and are not needed here.
+    """
+    if not is_main_process:
+        return
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file({**trained, MARK: base_mark(model)}, path / STATE, metadata={"format": "pt"})
+    note = {
+        "what": "training state of a model compressed by lowra: what trains, without its base",
+        "use": "resume with Trainer on the same compressed model; lowra.save writes whole models",
+        "trained": sorted(trained),
+        "recipe": dict(_info(model).recipe),
+        "fingerprint": _info(model).fingerprint,
+    }
+    (path / NOTE).write_text(json.dumps(note, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def base_mark(model: nn.Module) -> Tensor:
+    """uint8 [3, 32]: sha256 of the original model, of the recipe and of the compressed weights."""
+    info = _info(model)
+    packed = {n for n, m in model.named_modules() if _is_base(m)}
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.rpartition(".")[0] in packed and not is_lora(name) and not name.endswith(".bias"):
+            weights.update(f"{name} {checksum(tensor)}".encode())
+    recipe = json.dumps(dict(info.recipe), sort_keys=True, default=str).encode()
+    digests = (
+        hashlib.sha256(info.fingerprint.encode()).digest(), hashlib.sha256(recipe).digest(),
+        weights.digest(),
+    )  # fmt: skip
+    return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
+
+
+def _info(model: nn.Module) -> Compiled:
+    info = compiled(model)
+    assert info is not None
+    return info
+
+
+def _check_state(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool,
+    _missing: list[str], _unexpected: list[str], _errors: list[str],
+) -> None:  # fmt: skip
+    """Refuse training state of another base, or of other trained parameters."""
+    mark = state.pop(prefix + MARK, None)
+    model.__dict__["_lowra_partial"] = mark is not None
+    if mark is None:
+        return
+    check_mark(model, mark)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    given = {name[len(prefix) :] for name in state if name.startswith(prefix)}
+    if trained != given:
+        odd = sorted(trained ^ given)[0]
+        where = "the model and not in the checkpoint" if odd in trained else (
+            "the checkpoint and not in the model"
+        )  # fmt: skip
+        raise CheckpointError(
+            f"{odd} trains in {where}: resume with the same choice of what trains"
+        )
+
+
+def check_mark(model: nn.Module, mark: Tensor) -> None:
+    """Raise CheckpointError unless training state with this mark belongs to `model`."""
+    own = base_mark(model)
+    if mark.shape != own.shape:
+        raise CheckpointError(f"{MARK} of this checkpoint is damaged: it is {list(mark.shape)}")
+    differs = [what for what, one, other in zip(DIGESTS, own, mark.cpu(), strict=True)
+               if not torch.equal(one, other)]  # fmt: skip
+    if differs:
+        raise CheckpointError(
+            f"this training state belongs to another base (other {', other '.join(differs)}): "
+            "resume on the compressed model that it was trained on, or start anew"
+        )
+
+
+def _forget_base(model: nn.Module, incompatible: Any) -> None:
+    """The base is not missing where a checkpoint holds what trains and no more."""
+    if not model.__dict__.pop("_lowra_partial", False):
+        return
+    incompatible.missing_keys.clear()

@@ -1,0 +1,230 @@
+"""finetune: LoRA on a compressed base, in transformers' Trainer, with held-out data and a report.
+
+The work folder holds the checkpoints of Trainer, `finetune.json` (what the run is, so that only
+the same run resumes), `report.json` and `loss.svg`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from lowra.compiler.errors import OutputError, RecipeError, TrainingError
+from lowra.compiler.progress import stage
+from lowra.runtime.training import STATE, base_mark, check_mark, prepare_training
+from lowra.workflows.evaluate import require_language_model
+from lowra.workflows.training_data import TrainingData, training_data
+from lowra.workflows.training_report import make_report, write_report
+from lowra.workflows.training_settings import TrainingSettings
+
+RUN, CHECKPOINTS, REPORT, CURVE = "finetune.json", "checkpoints", "report.json", "loss.svg"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came of a run: the report (plain JSON data) and where the files are."""
+
+    report: dict[str, Any]
+    folder: Path
+
+
+def finetune(
+    model: nn.Module, data: Any, work_dir: str | Path, *, tokenizer: Any,
+    settings: TrainingSettings | None = None, eval_data: Any = None, restart: bool = False,
+    tell: Callable[[dict[str, Any]], None] | None = None, **options: Any,
+) -> Finetuned:  # fmt: skip
+    """Train the adapters of a compiled model in place; `lowra.save` then writes it.
+
+    `data`: a file, a data set of the Hub, texts or records (`read_source`), or `TrainingData`;
+    `eval_data` likewise. `settings`, or its fields as keywords (`epochs=3`). A run that was
+    interrupted goes on where its last checkpoint in `work_dir` was, and ends as if it had not been;
+    `restart` begins anew. `tell` takes every log entry. Where data are held out, the model ends as
+    it was at the best evaluation.
+
+    Raises RecipeError for settings out of range, or other than those of the run in `work_dir`;
+    CheckpointError for a model that is not compiled, has no adapter, or is not the one of that run;
+    DataError; TrainingError for a loss that is no number (the last good checkpoint stays), and
+    where accelerate is not installed.
+    """
+    settings = _settings(settings, options)
+    _require_accelerate()
+    counts = prepare_training(model, settings.extras)
+    require_language_model(model)
+    folder = Path(work_dir).expanduser()
+    if not isinstance(data, TrainingData):
+        data = training_data(
+            data, tokenizer, model, text_field=settings.text_field, context=settings.context,
+            long=settings.long, eval_source=eval_data, eval_share=settings.eval_share,
+            split=settings.split, seed=settings.seed,
+        )  # fmt: skip
+    run = {
+        "settings": settings.to_dict(), "data": data.digest(), "base": base_mark(model).tolist(),
+    }  # fmt: skip
+    begun = time.perf_counter()
+    steps = settings.steps(len(data.train))
+    if _begin(folder, run, model, restart) and (folder / REPORT).is_file():
+        return _finished(model, folder)
+    last = _last_checkpoint(folder / CHECKPOINTS, steps)
+    with stage("fine-tune", steps) as bar:
+        trainer = _trainer(model, data, folder, tokenizer, settings, bar, tell, last is None)
+        if last is not None:
+            bar.advance(min(steps, _step_of(last)))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    model.eval()
+    report = make_report(trainer.state, settings.to_dict(), data.facts, counts)
+    report["seconds"] = time.perf_counter() - begun
+    report["resumed_from"] = None if last is None else _step_of(last)
+    kept = trainer.state.best_model_checkpoint or _last_checkpoint(folder / CHECKPOINTS)
+    report["checkpoint"] = Path(kept).name
+    write_report(report, folder / REPORT, folder / CURVE)
+    return Finetuned(report, folder)
+
+
+def _settings(settings: TrainingSettings | None, options: dict[str, Any]) -> TrainingSettings:
+    if settings is None:
+        return TrainingSettings.from_dict(options)
+    return TrainingSettings.from_dict(settings.to_dict() | options) if options else settings
+
+
+def _require_accelerate() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("accelerate") is None:
+        raise TrainingError("Trainer needs the package accelerate: pip install 'lowra[train]'")
+
+
+def _finished(model: nn.Module, folder: Path) -> Finetuned:
+    """A run that is done already: its report, and the adapter that it ended with."""
+    from safetensors.torch import load_file
+
+    try:
+        report = json.loads((folder / REPORT).read_text())
+        state = load_file(folder / CHECKPOINTS / report["checkpoint"] / STATE)
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise OutputError(f"{folder} lacks what its run left ({error}); restart it") from error
+    model.load_state_dict(state, strict=False)
+    return Finetuned(report, folder)
+
+
+def _begin(folder: Path, run: dict[str, Any], model: nn.Module, restart: bool) -> bool:
+    """Make or check the work folder; whether it holds this run already."""
+    file, checkpoints = folder / RUN, folder / CHECKPOINTS
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder to keep checkpoints in")
+    if restart and file.is_file():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        (folder / REPORT).unlink(missing_ok=True)
+        file.unlink()
+    if file.is_file():
+        _check_same(file, run, model)
+        return True
+    if checkpoints.exists():
+        raise OutputError(f"{checkpoints} is not of a run of lowra; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(run, indent=1) + "\n")
+        partial.replace(file)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
+    return False
+
+
+def _check_same(file: Path, run: dict[str, Any], model: nn.Module) -> None:
+    """Raise unless the run in the folder is `run`: same settings, same rows, same base."""
+    way_out = "resume with the same ones, restart, or choose another work folder"
+    try:
+        before = json.loads(file.read_text())
+        old, new = before["settings"], json.loads(json.dumps(run["settings"]))
+        mark = torch.tensor(before["base"], dtype=torch.uint8)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        raise OutputError(f"{file} cannot be read ({error}); restart the run") from error
+    changed = [name for name in new if old.get(name) != new[name]]
+    if changed:
+        said = ", ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)
+        raise RecipeError(f"the run in {file.parent} had other settings ({said}): {way_out}")
+    check_mark(model, mark)
+    if before["data"] != run["data"]:
+        raise RecipeError(f"the run in {file.parent} had other data or tokens: {way_out}")
+
+
+def _last_checkpoint(folder: Path, below: float = math.inf) -> Path | None:
+    """The last whole checkpoint of a step before `below`: Trainer cannot go on at the very last,
+    and it writes trainer_state.json behind all the rest."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max((p for p in whole if _step_of(p) < below), key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _trainer(
+    model: nn.Module, data: TrainingData, folder: Path, tokenizer: Any, settings: TrainingSettings,
+    bar: Any, tell: Callable[[dict[str, Any]], None] | None, fresh: bool,
+) -> Any:  # fmt: skip
+    from transformers import EarlyStoppingCallback, TrainingArguments
+
+    from lowra.workflows.watched_trainer import PadRows, WatchedTrainer
+
+    steps = settings.steps(len(data.train))
+    often = min(steps, settings.eval_every or max(1, math.ceil(steps / 10)))
+    evaluating = bool(data.held_out)
+    arguments = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS), max_steps=steps,
+        per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation, learning_rate=settings.rate,
+        lr_scheduler_type=settings.schedule, warmup_steps=math.ceil(settings.warmup * steps),
+        weight_decay=settings.weight_decay, max_grad_norm=settings.clip, bf16=settings.autocast,
+        logging_steps=max(1, min(often, 10)), logging_nan_inf_filter=False, save_steps=often,
+        save_total_limit=settings.keep, eval_strategy="steps" if evaluating else "no",
+        eval_steps=often if evaluating else None, load_best_model_at_end=evaluating,
+        metric_for_best_model="eval_loss" if evaluating else None, greater_is_better=False,
+        eval_on_start=evaluating and fresh, prediction_loss_only=True, seed=settings.seed,
+        report_to=[], restore_callback_states_from_checkpoint=settings.patience is not None,
+        disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False, dataloader_pin_memory=False,
+        **_checkpointing(TrainingArguments, settings.checkpointing),
+    )  # fmt: skip
+    callbacks: list[Any] = []
+    if settings.patience is not None:
+        if not evaluating:
+            raise RecipeError(
+                "patience needs held-out data: give eval_share or data to evaluate on"
+            )
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+    return WatchedTrainer(
+        model, arguments, data_collator=PadRows(_padding(tokenizer)), train_dataset=data.train,
+        eval_dataset=data.held_out or None, callbacks=callbacks, bar=bar, tell=tell or _silent,
+    )  # fmt: skip
+
+
+def _checkpointing(arguments: Any, wanted: bool) -> dict[str, Any]:
+    """The option by the name that this transformers has for it."""
+    if not wanted:
+        return {}
+    new = "activation_checkpointing"
+    name = new if new in arguments.__dataclass_fields__ else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _padding(tokenizer: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        found = getattr(tokenizer, name, None)
+        if isinstance(found, int):
+            return found
+    return 0
+
+
+def _silent(_entry: dict[str, Any]) -> None:
+    return
