@@ -8,7 +8,16 @@ from lowra.compiler.errors import LowraError
 from lowra.version import __version__
 
 if TYPE_CHECKING:
-    from lowra.api import compile, export, load, plan, save
+    from lowra.api import (
+        compile,
+        export,
+        load,
+        load_adapter,
+        merge_adapter,
+        plan,
+        save,
+        save_adapter,
+    )
     from lowra.recipe import Recipe
     from lowra.runtime.session import Session
     from lowra.workflows.planning import Plan
@@ -22,8 +31,11 @@ __all__ = [
     "compile",
     "export",
     "load",
+    "load_adapter",
+    "merge_adapter",
     "plan",
     "save",
+    "save_adapter",
 ]
 
 _HOMES = {
@@ -32,6 +44,9 @@ _HOMES = {
     "save": "lowra.api",
     "load": "lowra.api",
     "export": "lowra.api",
+    "save_adapter": "lowra.api",
+    "load_adapter": "lowra.api",
+    "merge_adapter": "lowra.api",
     "Plan": "lowra.workflows.planning",
     "Recipe": "lowra.recipe",
     "Session": "lowra.runtime.session",
