@@ -67,7 +67,10 @@ def make_config(
 
 
 def exact_alpha(scaling: float, rank: int) -> float:
-    """lora_alpha such that lora_alpha / rank is `scaling`, to the last bit where there is one."""
+    """lora_alpha such that lora_alpha / rank is `scaling`, to the last bit.
+
+    Every quotient by `rank` has one; for other values it can be a unit in the last place away.
+    """
     near = scaling * rank
     around = (round(near, 9), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = next((a for a in around if a / rank == scaling), near)
@@ -90,14 +93,14 @@ def _exact_targets(names: list[str], modules: Iterable[str]) -> list[str] | str:
 def _matched(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     """The value of the first pattern that matches the name or a dotted end of it."""
     for pattern, value in patterns.items():
-        if _search(rf"(.*\.)?({pattern})$", name):
+        if _search(r"(.*\.)?({})$", pattern, name):
             return value
     return otherwise
 
 
-def _search(pattern: str, name: str) -> bool:
+def _search(frame: str, pattern: str, name: str) -> bool:
     try:
-        return re.match(pattern, name) is not None
+        return re.match(frame.replace("{}", pattern), name) is not None
     except re.error as error:
         raise AdapterError(
             f"the adapter's pattern {pattern!r} is no regular expression ({error}): repair "
@@ -109,7 +112,7 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT would adapt the module `name`, as far as `target_modules` says."""
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
-        return _search(rf"(?:{targets})\Z", name)
+        return _search(r"(?:{})\Z", targets, name)
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

@@ -28,7 +28,7 @@ from lowra.runtime.adapter_files import (
 from lowra.runtime.adapter_view import base_of, factors_of, is_wrapped, require_unwrapped, stacked
 from lowra.runtime.checkpoint_writer import check_free, written_whole
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
-from lowra.runtime.module_view import AdapterFactors, attach, quantized_linears
+from lowra.runtime.module_view import AdapterFactors, put_adapter, quantized_linears
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -84,7 +84,7 @@ def load_adapter(
     own = factors_of(model)
     chosen = {site: _site_factors(site, found, own, on_top) for site in info.sites}
     for site, factors in chosen.items():
-        attach(model, site, factors)
+        put_adapter(model, site, factors)
     _update(model, info, own)
     return model
 

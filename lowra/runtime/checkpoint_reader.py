@@ -20,7 +20,7 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import ROLES, PackedWeight, from_tensors
 from lowra.runtime.compiled import ATTRIBUTE, Compiled
 from lowra.runtime.manifest import MANIFEST, check_sums, read_manifest, stored_tensors
-from lowra.runtime.module_view import attach, place
+from lowra.runtime.module_view import place, put_adapter
 from lowra.runtime.modules import QuantizedModule, is_lora
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -104,7 +104,7 @@ def _place_sites(
         packed = _packed(holder, site.n, site.k, entry, tensors)
         correction = _correction(holder, site, entry.get("correction"), tensors)
         place(model, site, packed, None, dtype, correction)
-        attach(model, site, _factors(site, entry, tensors))
+        put_adapter(model, site, _factors(site, entry, tensors))
         sites.append(site)
     return tuple(sites)
 

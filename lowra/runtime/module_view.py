@@ -71,7 +71,7 @@ def place(
         _replace(model, name, new.train(old.training))
 
 
-def attach(model: nn.Module, site: Site, factors: AdapterFactors | None) -> None:
+def put_adapter(model: nn.Module, site: Site, factors: AdapterFactors | None) -> None:
     """Give the modules of a site these factors, one pair for all, bit for bit; None: no adapter."""
     first, *others = (model.get_submodule(name) for name in site.modules)
     assert isinstance(first, QuantizedLinear)

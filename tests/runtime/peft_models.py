@@ -41,9 +41,9 @@ def config(**options: Any) -> peft.LoraConfig:
 
 def adapted(model: nn.Module, **options: Any) -> peft.PeftModel:
     """PEFT's layers around a copy of `model`, with factors that do something."""
-    wrapped = peft.get_peft_model(own(model), config(**options))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
+        wrapped = peft.get_peft_model(own(model), config(**options))
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)

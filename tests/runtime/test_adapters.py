@@ -256,6 +256,16 @@ def test_missing_factors_of_a_target_are_refused(own: Path) -> None:
     assert quantized_linears(lowra.load_adapter(target(), own))["first"].rank == 0
 
 
+def test_a_target_that_is_not_compressed_here_is_sent_to_peft(own: Path) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for role in ("lora_A", "lora_B"):
+            tensors[f"base_model.model.norm.{role}.weight"] = tensors.pop(f"{FIRST}.{role}.weight")
+
+    edit_tensors(own, rename)
+    edit_config(own, target_modules=["norm", "middle", "last"])
+    refused(own, "adapts norm, which is not compressed .*PeftModel.from_pretrained")
+
+
 def test_an_unknown_target_is_refused_with_the_nearest(own: Path) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
         for role in ("lora_A", "lora_B"):

@@ -73,7 +73,7 @@ def test_ranks_and_scalings_that_differ_by_layer_survive_peft_and_back(tmp_path:
     for position, layer in enumerate(quantized_linears(model).values()):
         rank = 2 + position % 3
         a, b = torch.randn(rank, layer.k), torch.randn(layer.n, rank)
-        layer.set_adapter(a, b, (0.1, 1 / 3, 16 / 2**0.5, 0.7)[position % 4])
+        layer.set_adapter(a, b, (0.1, 1, 16, 7.3)[position % 4] / rank)
     folder = lowra.save_adapter(model, tmp_path / "ours")
     on_peft = peft.PeftModel.from_pretrained(low_llama().build(), str(folder))
     assert_same_factors(model, on_peft)
@@ -234,7 +234,7 @@ def test_peft_reads_few_dense_weights_to_wrap_a_model(monkeypatch: pytest.Monkey
     dense = QuantizedLinear._dense
     monkeypatch.setattr(QuantizedLinear, "_dense", lambda m: (reads.append("x"), dense(m))[1])
     peft.get_peft_model(own(bare_llama().compiled), config(target_modules="all-linear"))
-    assert len(reads) <= 2 * 7
+    assert len(reads) <= 3 * 7
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -265,10 +265,10 @@ def test_an_adapter_started_from_a_changed_base_is_refused_unless_told(tmp_path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"use_dora": True}, "use_dora=True: DoRA rescales .* PeftModel.from_pretrained"),
+        ({"use_dora": True}, "use_dora=True: DoRA rescales .*PeftModel.from_pretrained"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* merge it into the original"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is not compressed"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.*, no LoRA factor"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.*, no LoRA factor"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],
 )
@@ -282,7 +282,7 @@ def test_what_is_more_than_lora_is_refused_with_the_way_out(
 
 def test_a_trained_bias_is_refused(tmp_path: Path) -> None:
     original = adapted(bare_gpt2().dense, target_modules=["c_fc"], bias="lora_only")
-    with pytest.raises(AdapterError, match=r"c_fc\.bias, no LoRA factor"):
+    with pytest.raises(AdapterError, match=r"c_fc\..*bias, no LoRA factor"):
         load(bare_gpt2().compiled, saved(original, tmp_path / "adapter"))
 
 
