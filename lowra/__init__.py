@@ -8,7 +8,16 @@ from lowra.compiler.errors import LowraError
 from lowra.version import __version__
 
 if TYPE_CHECKING:
-    from lowra.api import compile, export, load, plan, save
+    from lowra.api import (
+        compile,
+        export,
+        load,
+        load_adapter,
+        merge_adapter,
+        plan,
+        save,
+        save_adapter,
+    )
     from lowra.recipe import Recipe
     from lowra.runtime.session import Session
     from lowra.runtime.training import prepare_training, trainable
@@ -25,9 +34,12 @@ __all__ = [
     "export",
     "finetune",
     "load",
+    "load_adapter",
+    "merge_adapter",
     "plan",
     "prepare_training",
     "save",
+    "save_adapter",
     "trainable",
 ]
 
@@ -38,6 +50,9 @@ _HOMES = {
     "load": "lowra.api",
     "export": "lowra.api",
     "finetune": "lowra.workflows.finetune",
+    "save_adapter": "lowra.api",
+    "load_adapter": "lowra.api",
+    "merge_adapter": "lowra.api",
     "Plan": "lowra.workflows.planning",
     "Recipe": "lowra.recipe",
     "Session": "lowra.runtime.session",

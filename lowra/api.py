@@ -1,4 +1,4 @@
-"""compile, plan, save, load, export: the only file that sees every room."""
+"""compile, plan, save, load, export, adapters: the only file that sees every room."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from lowra.compiler.progress import record_stages, stage
 from lowra.compiler.spill import Spill
 from lowra.passes import NormalizeLinears, QuantizeWeights
 from lowra.recipe import Recipe
+from lowra.runtime.adapters import load_adapter, save_adapter
 from lowra.runtime.checkpoint_reader import load_checkpoint
 from lowra.runtime.checkpoint_writer import save_checkpoint
 from lowra.runtime.compiled import Compiled, compiled
+from lowra.runtime.dense_view import build_dense_view
 from lowra.runtime.export import export_program
 from lowra.runtime.module_view import build_module_view
 from lowra.runtime.training import attach
@@ -32,6 +34,10 @@ from lowra.workflows.plan_file import check_plan, has_widths, read_plan, with_pl
 from lowra.workflows.planning import Plan, check_budget, kept_bytes, make_plan
 from lowra.workflows.report import make_report
 from lowra.workflows.skeletons import load_skeleton
+
+__all__ = [
+    "compile", "export", "load", "load_adapter", "merge_adapter", "plan", "save", "save_adapter",
+]  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -143,6 +149,30 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def export(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the compressed graph as a torch.export archive; it runs without transformers."""
     return export_program(model, path, overwrite=overwrite)
+
+
+def merge_adapter(
+    model: M, *, dense: bool = False, calibration: Any = None, tokenizer: Any = None,
+    work_dir: str | Path | None = None,
+) -> M:  # fmt: skip
+    """A model without an adapter that stands for `model` with the one it has; `model` stays.
+
+    The dense weights W + s B A of every site are compiled anew with the model's own recipe at rank
+    0: they do not lie on its codebooks, so this loses again what quantizing loses, and mostly more
+    than the adapter is worth below 3 bits. `lowra.workflows.merge_cost` measures it. With `dense`
+    they stay dense, and nothing is lost but rounding to the model's dtype.
+    `calibration`, `tokenizer` and `work_dir` as in `compile`.
+
+    Raises AdapterError for a model without an adapter, and for a plain module, which cannot be
+    built anew; what `compile` raises.
+    """
+    merged = build_dense_view(model)
+    if dense:
+        return merged
+    info = compiled(model)
+    assert info is not None
+    recipe = Recipe.from_dict({**info.recipe, "rank": 0})
+    return compile(merged, recipe, calibration=calibration, tokenizer=tokenizer, work_dir=work_dir)
 
 
 def _require_dense(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lowra.cli.adapter import adapter_app
 from lowra.cli.bench import bench
 from lowra.cli.compile import compile_model
 from lowra.cli.errors import GuardedGroup
@@ -54,3 +55,4 @@ app.command("inspect")(inspect_model)
 app.command("bench")(bench)
 app.command("generate")(generate_text)
 app.command("export")(export_model)
+app.add_typer(adapter_app, name="adapter")

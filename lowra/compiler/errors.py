@@ -94,6 +94,12 @@ class ModelError(LowraError):
     exit_code = 8
 
 
+class AdapterError(LowraError):
+    """An adapter cannot be read, or does not belong to this model; nothing was changed."""
+
+    exit_code = 9
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence naming the `known` words closest to `word`, for the end of a message."""
     known = list(known)

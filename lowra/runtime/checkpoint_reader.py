@@ -20,7 +20,7 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import ROLES, PackedWeight, from_tensors
 from lowra.runtime.compiled import Compiled
 from lowra.runtime.manifest import MANIFEST, check_sums, read_manifest, stored_tensors
-from lowra.runtime.module_view import place
+from lowra.runtime.module_view import place, put_adapter
 from lowra.runtime.modules import QuantizedModule, is_lora
 from lowra.runtime.training import attach
 
@@ -65,7 +65,6 @@ def _skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
             "pass lowra.load(path, model=...) with a dense module of that class"
         )
     import transformers
-    from transformers.initialization import no_init_weights
 
     config = transformers.AutoConfig.from_pretrained(folder)
     config.__dict__.pop("quantization_config", None)
@@ -73,11 +72,19 @@ def _skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None or not issubclass(kind, transformers.PreTrainedModel):
         raise CheckpointError(f"{folder}/config.json names {name!r}, no class of transformers")
+    model = unfilled(kind, config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def unfilled(kind: Any, config: Any) -> Any:
+    """A transformers model of class `kind` whose weights are not initialised, but tied."""
+    from transformers.initialization import no_init_weights
+
     with no_init_weights():
         model = kind(config)
     model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -97,7 +104,8 @@ def _place_sites(
         holder = next(m for m in (*site.embeddings, *site.modules) if f"{m}.codes" in tensors)
         packed = _packed(holder, site.n, site.k, entry, tensors)
         correction = _correction(holder, site, entry.get("correction"), tensors)
-        place(model, site, packed, _factors(site, entry, tensors), dtype, correction)
+        place(model, site, packed, None, dtype, correction)
+        put_adapter(model, site, _factors(site, entry, tensors))
         sites.append(site)
     return tuple(sites)
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from lowra.compiler.errors import CheckpointError, OutputError
 from lowra.compiler.program import Site
+from lowra.runtime.adapter_files import write_files
+from lowra.runtime.adapter_view import base_of, dropout_of, factors_of, require_unwrapped
 from lowra.runtime.compiled import Compiled, compiled
 from lowra.runtime.manifest import (
     FORMAT_VERSION,
@@ -29,11 +31,9 @@ from lowra.runtime.manifest import (
     manifest_checksum,
     stored_tensors,
 )
-from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.modules import QuantizedLinear, QuantizedModule, is_lora
 from lowra.version import __version__
 
-ADAPTER = "adapter_model.safetensors"
 SHARD_SIZE = "5GB"
 
 
@@ -48,9 +48,10 @@ def save_checkpoint(
     info = compiled(model)
     if info is None:
         raise CheckpointError("this model was not compiled by lowra; call lowra.compile first")
+    require_unwrapped(model, info)
     target = Path(path)
     check_free(target, overwrite)
-    with _written_whole(target) as folder:
+    with written_whole(target) as folder:
         _write_files(model, info, folder, tokenizer)
     return target
 
@@ -64,7 +65,7 @@ def check_free(target: Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A folder that becomes `target` when the block ends well and vanishes when it does not."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,14 +88,13 @@ def _written_whole(target: Path) -> Iterator[Path]:
 
 def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any) -> None:
     from huggingface_hub import save_torch_state_dict
-    from safetensors.torch import save_file
 
     state = _distinct({n: t for n, t in model.state_dict().items() if not is_lora(n)})
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
-    factors = {n: t for n, t in _adapter_tensors(model).items()}
-    if factors:
-        save_file(factors, folder / ADAPTER, metadata={"format": "pt"})
-        _write_json(folder / "adapter_config.json", _adapter_config(model, info))
+    if factors := factors_of(model):
+        names = [name for name, _ in model.named_modules()]
+        base, kind = base_of(model, info), type(model).__name__
+        write_files(folder, factors, base, names, kind, dropout=dropout_of(model))
     sites = {site.name: _site_entry(model, site) for site in info.sites}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -139,34 +139,6 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             kept[name] = tensor
             seen.add(key)
     return kept
-
-
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """LoRA factors under PEFT's names."""
-    return {
-        f"base_model.model.{name}.{role}.weight": getattr(layer, role).detach().clone()
-        for name, layer in quantized_linears(model).items()
-        for role in ("lora_A", "lora_B")
-        if layer.rank
-    }
-
-
-def _adapter_config(model: nn.Module, info: Compiled) -> dict[str, Any]:
-    layers = {n: m for n, m in quantized_linears(model).items() if m.rank}
-    rank = max(layer.rank for layer in layers.values())
-    alpha = rank * next(layer.scaling for layer in layers.values() if layer.rank == rank)
-    alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {n: m.rank for n, m in layers.items() if m.rank != rank},
-        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "target_modules": sorted(layers),
-        "base_model_name_or_path": info.recipe.get("model", None),
-        "bias": "none",
-    }
 
 
 def _site_entry(model: nn.Module, site: Site) -> dict[str, Any]:

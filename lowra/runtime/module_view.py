@@ -71,6 +71,19 @@ def place(
         _replace(model, name, new.train(old.training))
 
 
+def put_adapter(model: nn.Module, site: Site, factors: AdapterFactors | None) -> None:
+    """Give the modules of a site these factors, one pair for all, bit for bit; None: no adapter."""
+    first, *others = (model.get_submodule(name) for name in site.modules)
+    assert isinstance(first, QuantizedLinear)
+    if factors is None:
+        first.drop_adapter()
+    else:
+        first.set_adapter(*factors)
+    for layer in others:
+        assert isinstance(layer, QuantizedLinear)
+        layer.lora_A, layer.lora_B, layer.scaling = first.lora_A, first.lora_B, first.scaling
+
+
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)

@@ -13,6 +13,7 @@ from lowra.compiler.correction import Correction
 from lowra.compiler.ops import linear
 from lowra.compiler.packing import panels_of, row_order, unpack_nibbles
 from lowra.compiler.storage import PackedWeight, encode_tables, from_tensors
+from lowra.runtime.dense_weight import DenseWeight, read_only
 
 
 def is_lora(name: str) -> bool:
@@ -44,7 +45,7 @@ class QuantizedModule(nn.Module):
     def __init__(
         self, weight: PackedWeight, dtype: torch.dtype, correction: Correction | None = None
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): nn.Linear's would make a dense weight
         self.n, self.k = weight.n, weight.k
         self.group, self.rotation = weight.group, weight.rotation
         self.panels = weight.panels
@@ -69,6 +70,9 @@ class QuantizedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [n, k], correction included, dequantized anew on every access."""
+        return self._dense()
+
+    def _dense(self) -> Tensor:
         base = torch.ops.lowra.dequantize(*self.packed(), self.dtype)
         if self.correction_A is None or self.correction_B is None:
             return base
@@ -166,12 +170,14 @@ def _refresh(module: nn.Module, _incompatible: Any) -> None:
     module.order = row_order(widths)
 
 
-class QuantizedLinear(QuantizedModule):
+class QuantizedLinear(QuantizedModule, nn.Linear):
     """A linear layer on a packed weight, with optional correction and LoRA:
     y = W x + C x + bias + scaling B A x.
 
     `lora_A` [r, k] and `lora_B` [n, r] are the only parameters that require grad. In training mode
     the adapter reads x with a share `dropout` of its elements dropped (LoRA's dropout).
+    It is an `nn.Linear` to tools that look for one, such as PEFT, which put layers of their own
+    around it. They may read `weight`; what would write into it raises.
     """
 
     def __init__(
@@ -186,9 +192,40 @@ class QuantizedLinear(QuantizedModule):
         self.dropout = 0.0
         self.lora_A = self.lora_B = None
         if adapter is not None:
-            a, b, self.scaling = adapter
-            self.lora_A = nn.Parameter(a.to(dtype).contiguous())
-            self.lora_B = nn.Parameter(b.to(dtype).contiguous())
+            a, b, scaling = adapter
+            self.set_adapter(a.to(dtype), b.to(dtype), scaling)
+
+    def set_adapter(self, a: Tensor, b: Tensor, scaling: float) -> None:
+        """Compute with these factors from now on, in their own dtype: A [r, k] and B [n, r]."""
+        self.lora_A = nn.Parameter(a.detach().contiguous())
+        self.lora_B = nn.Parameter(b.detach().contiguous())
+        self.scaling = scaling
+
+    def drop_adapter(self) -> None:
+        """Compute with the base alone from now on."""
+        self.lora_A = self.lora_B = None
+        self.scaling = 0.0
+
+    @property
+    def weight(self) -> DenseWeight | Tensor:
+        """A dense copy of the weight [n, k], correction included, made anew on every access."""
+        return read_only(self._dense())
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed codes, under the name that PEFT looks at for a quantized layer's device.
+
+        With it PEFT takes `dequantize` where it needs values, and leaves `weight` alone.
+        """
+        return self.codes
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The dense matrix [n, k] that the layer multiplies with, its own adapter included."""
+        dense = self._dense()
+        if self.lora_A is None or self.lora_B is None or not self.adapter_enabled:
+            return dense
+        return dense + self.scaling * (self.lora_B.to(dense.dtype) @ self.lora_A.to(dense.dtype))
 
     @property
     def rank(self) -> int:

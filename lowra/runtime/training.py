@@ -63,17 +63,14 @@ def trainable(model: nn.Module) -> Trainable:
     named = dict(model.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
     adapters = sum(p.numel() for name, p in trained.items() if is_lora(name))
-    packed = {m.codes.data_ptr(): m.n * m.k for m in model.modules() if _is_base(m)}
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    packed = {layer.codes.data_ptr(): layer.n * layer.k for layer in layers}
     return Trainable(
         adapters,
         sum(p.numel() for p in trained.values()) - adapters,
         sum(p.numel() for p in named.values()) + sum(packed.values()),
         sum(p.numel() * p.element_size() for p in trained.values()),
     )
-
-
-def _is_base(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedModule)
 
 
 def prepare_training(

@@ -85,6 +85,7 @@ def finetune(
     report["seconds"] = time.perf_counter() - begun
     report["resumed_from"] = None if last is None else _step_of(last)
     kept = trainer.state.best_model_checkpoint or _last_checkpoint(folder / CHECKPOINTS)
+    assert kept is not None, "training ends with a checkpoint"
     report["checkpoint"] = Path(kept).name
     write_report(report, folder / REPORT, folder / CURVE)
     return Finetuned(report, folder)

@@ -52,6 +52,7 @@ class WatchedTrainer(Trainer):
 
     def stop(self, what: str) -> None:
         """Raise TrainingError; the weights are those of the last step."""
+        assert self.model is not None
         self.model.zero_grad()
         step = self.state.global_step
         raise TrainingError(
@@ -88,6 +89,7 @@ class _Watch(TrainerCallback):
         self._trainer.advance()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self._trainer.model is not None
         named = self._trainer.model.named_parameters()
         for name, parameter in named:
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
