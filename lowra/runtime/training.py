@@ -150,7 +150,7 @@ def save_trained(
 def base_mark(model: nn.Module) -> Tensor:
     """uint8 [3, 32]: sha256 of the original model, of the recipe and of the compressed weights."""
     info = _info(model)
-    packed = {n for n, m in model.named_modules() if _is_base(m)}
+    packed = {n for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.rpartition(".")[0] in packed and not is_lora(name) and not name.endswith(".bias"):
