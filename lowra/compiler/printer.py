@@ -24,6 +24,7 @@ from lowra.compiler.facts import (
     Statistics,
     TokenWeights,
 )
+from lowra.compiler.packed_adapter import PackedSite
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
 
@@ -75,10 +76,18 @@ def fact_lines(program: Program, site: Site) -> Iterator[str]:
         yield f"block tuned: error {tuning.before:.2g} to {tuning.after:.2g}"
     if tuning := program.find(name, ModelTuning):
         yield f"model tuned: KL {tuning.before:.2g} to {tuning.after:.2g}"
+    yield from _adapter_lines(program, name)
+
+
+def _adapter_lines(program: Program, name: str) -> Iterator[str]:
+    """What is known of a site's adapter."""
     if adapter := program.find(name, Adapter):
         yield f"adapter: rank={adapter.rank} scaling={adapter.scaling:g}"
     if tuning := program.find(name, AdapterTuning):
         yield f"adapter tuned: KL {tuning.before:.2g} to {tuning.after:.2g}"
+    if packed := program.find(name, PackedSite):
+        bits = packed.stored_bits() / packed.parameters
+        yield f"adapter packed: {bits:.2f} bits, A {packed.a.text()}, B {packed.b.text()}"
 
 
 def _data_lines(program: Program, name: str) -> Iterator[str]:

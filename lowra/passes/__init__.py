@@ -12,6 +12,7 @@ from lowra.passes.fit_codebooks import FitCodebooks
 from lowra.passes.initialize_adapters import InitializeAdapters
 from lowra.passes.measure_sensitivity import MeasureSensitivity
 from lowra.passes.normalize_linears import NormalizeLinears
+from lowra.passes.quantize_adapters import QuantizeAdapters
 from lowra.passes.quantize_weights import QuantizeWeights
 from lowra.passes.replay_precision import ReplayPrecision
 from lowra.passes.rewrite_linears import RewriteLinears
@@ -36,6 +37,7 @@ PASSES: tuple[type[Pass], ...] = (
     CorrectWeights,
     InitializeAdapters,
     TuneAdapters,
+    QuantizeAdapters,
     RewriteLinears,
 )
 

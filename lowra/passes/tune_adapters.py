@@ -147,11 +147,11 @@ def _with_tuned(program: Program, tuned: Mapping[str, Tensor]) -> Program:
         old = program.find(site.name, Adapter)
         a, b = (tuned.get(name) for name in _names(site))
         if old is not None and a is not None and b is not None:
-            facts[site.name].append(_judged(program, site, replace(old, lora_a=a, lora_b=b)))
+            facts[site.name].append(judged(program, site, replace(old, lora_a=a, lora_b=b)))
     return program.with_facts(facts)
 
 
-def _judged(program: Program, site: Site, adapter: Adapter) -> Adapter:
+def judged(program: Program, site: Site, adapter: Adapter) -> Adapter:
     """With the output error on the original's inputs, as tuned weights have it."""
     packed = program.fact(site.name, Packed)
     left = program.weight(site) - packed.weight.dequantize()
