@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lowra.recipe import Recipe
     from lowra.runtime.session import Session
     from lowra.runtime.training import prepare_training, trainable
+    from lowra.workflows.compress_adapter import compress_adapter, export_adapter
     from lowra.workflows.finetune import finetune
     from lowra.workflows.planning import Plan
 
@@ -31,7 +32,9 @@ __all__ = [
     "Session",
     "__version__",
     "compile",
+    "compress_adapter",
     "export",
+    "export_adapter",
     "finetune",
     "load",
     "load_adapter",
@@ -53,6 +56,8 @@ _HOMES = {
     "save_adapter": "lowra.api",
     "load_adapter": "lowra.api",
     "merge_adapter": "lowra.api",
+    "compress_adapter": "lowra.workflows.compress_adapter",
+    "export_adapter": "lowra.workflows.compress_adapter",
     "Plan": "lowra.workflows.planning",
     "Recipe": "lowra.recipe",
     "Session": "lowra.runtime.session",
