@@ -1,4 +1,4 @@
-"""lowra adapter: what can be done with a LoRA adapter of a compiled model."""
+"""lowra adapter: what can be done with a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowra.cli.adapter_compress import compress_adapter, convert_adapter, inspect_adapter
 from lowra.cli.calibration_options import CalibrationOption
 from lowra.cli.options import JsonOption, VerboseOption, read_text
 from lowra.cli.sources import load_source, require_tokenizer
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
 NOT_TOLD = 9
 """Exit code of a merge that was measured and not written: AdapterError's."""
 
-adapter_app = typer.Typer(no_args_is_help=True, help="Merge LoRA adapters, and what that costs.")
+adapter_app = typer.Typer(no_args_is_help=True, help="Compress, look at and merge LoRA adapters.")
 
 
 @adapter_app.callback()
 def adapter_root() -> None:
-    """Work on the LoRA adapters of compiled models."""
+    """Work on LoRA adapters: compress them, look at them, merge them."""
+
+
+adapter_app.command("compress")(compress_adapter)
+adapter_app.command("inspect")(inspect_adapter)
+adapter_app.command("convert")(convert_adapter)
 
 
 @adapter_app.command("merge")
