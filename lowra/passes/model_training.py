@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ from lowra.compiler.spill import read_tensors, write_tensors
 from lowra.passes.adam import Adam
 from lowra.passes.block_runner import BlockRunner, Linears, Values, run_frozen
 from lowra.passes.divergence import divergence
-from lowra.passes.tuning import held_out, shuffled, split_batches, tunable_blocks
+from lowra.passes.tuning import (
+    data_fingerprint,
+    held_out,
+    shuffled,
+    split_batches,
+    tunable_blocks,
+)
 
 PATIENCE = 2
 """Checks in a row without a lower held-out KL, after which training stops."""
@@ -193,10 +199,35 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def trained(training: ModelTraining, path: Path) -> dict[str, Tensor]:
-    """The outcome of `training`, found again in the file `path`; its state lies beside it."""
+class TrainingPass(Protocol):
+    """A pass whose fields say how long and how fast a student is trained."""
+
+    name: ClassVar[str]
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_tokens(self) -> int: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def check(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def train(step: TrainingPass, program: Program, student: Student) -> dict[str, Tensor]:
+    """The outcome of the training that a pass asks for (`ModelTraining.best_of_all`).
+
+    It is kept in the spill folder and found again there; its state lies beside it.
+    """
+    batches = split_batches(program, step.batch_tokens)
+    path = program.spill.path(repr(step), program.fingerprint, data_fingerprint(program, batches))
     if not path.exists():
+        title = step.name.replace("-", " ")
+        course = Course(title, step.steps, step.rate, step.check, step.seed)
         state = path.with_suffix(".state")
+        training = ModelTraining(program, batches, student, course)
         write_tensors(training.best_of_all(state), path)
         state.unlink(missing_ok=True)
     return read_tensors(path)

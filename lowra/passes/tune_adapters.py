@@ -17,10 +17,9 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.passes.adam import Adam
 from lowra.passes.block_runner import Linears, Product
-from lowra.passes.model_training import Course, ModelTraining, require_next_tokens, trained
+from lowra.passes.model_training import require_next_tokens, train
 from lowra.passes.moments import output_error
 from lowra.passes.packed_product import packed_product
-from lowra.passes.tuning import data_fingerprint, split_batches
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,7 @@ class TuneAdapters(Pass):
 
     def run(self, program: Program) -> Program:
         self.require(program)
-        batches = split_batches(program, self.batch_tokens)
-        path = program.spill.path(
-            repr(self), program.fingerprint, data_fingerprint(program, batches)
-        )
-        course = Course("tune adapters", self.steps, self.rate, self.check, self.seed)
-        training = ModelTraining(program, batches, _Student(program), course)
-        return _with_tuned(program, trained(training, path))
+        return _with_tuned(program, train(self, program, _Student(program)))
 
 
 class _Factors:

@@ -16,10 +16,10 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, with_tables
 from lowra.passes.adam import Adam
 from lowra.passes.block_runner import Linears, Product
-from lowra.passes.model_training import Course, ModelTraining, require_next_tokens, trained
+from lowra.passes.model_training import require_next_tokens, train
 from lowra.passes.moments import output_error
 from lowra.passes.packed_product import ascending, packed_product, spacings
-from lowra.passes.tuning import data_fingerprint, split_batches, with_tensors
+from lowra.passes.tuning import with_tensors
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,7 @@ class TuneModel(Pass):
 
     def run(self, program: Program) -> Program:
         self.require(program)
-        batches = split_batches(program, self.batch_tokens)
-        path = program.spill.path(
-            repr(self), program.fingerprint, data_fingerprint(program, batches)
-        )
-        course = Course("tune model", self.steps, self.rate, self.check, self.seed)
-        training = ModelTraining(program, batches, _Student(program), course)
-        return _with_tuned(program, trained(training, path))
+        return _with_tuned(program, train(self, program, _Student(program)))
 
 
 class _Tables:
