@@ -22,9 +22,11 @@ check: .venv/.lowra-dev ## lint, format, types, import directions
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: .venv/.lowra-test ## measure compile time and quality
+bench: .venv/.lowra-test ## measure compile time, passes, speed and quality
 	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.fit
+	$(BIN)/python -m benchmarks.assign
+	$(BIN)/python -m benchmarks.speed.cpu
 	$(BIN)/python -m benchmarks.quality
 
 clean: ## remove caches, builds and demo output (.venv stays)

@@ -57,10 +57,22 @@ def quality(data: dict[str, Any]) -> Iterator[str]:
         if row.get("unreachable"):
             yield f"| {row['name']} | out of reach | | | | |"
     yield ""
+    yield _ages(rows)
+    yield ""
     yield "![KL and perplexity by stored bits](benchmarks/results/quality.png)"
     if data["missing"]:
         yield ""
         yield f"Missing: {'; '.join(missing_by_reason(data['missing']))}."
+
+
+def _ages(rows: list[dict[str, Any]]) -> str:
+    """Which of lowra's rows were measured when: its code has changed in between."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["method"].removesuffix(TUNED) in PRESETS and "date" in row:
+            names.setdefault(row["date"], []).append(row["name"])
+    told = "; ".join(f"{date}: {', '.join(names[date])}" for date in sorted(names))
+    return f"lowra's rows are of the code of their day. {told}."
 
 
 def _quality_row(row: dict[str, Any]) -> str:

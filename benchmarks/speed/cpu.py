@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 import lowra
+from benchmarks.quality.peers.llamacpp_file import run_llama_quantize
 from benchmarks.results_file import FOLDER, environment, write_results
 from benchmarks.speed import models, passes, products
 from lowra.compiler.progress import show_progress, stage
 from lowra.workflows.models import fetch_smollm2, load_model
 
-LLAMA_FILES = ("Q4_0", "Q2_K", "IQ2_XXS")
+LLAMA_FILES = ("Q4_0", "Q2_K")
 
 
 def main() -> None:
@@ -78,14 +79,12 @@ def _llama() -> dict[str, Any]:
     if (lacking := models.llama_missing()) is not None:
         return {"llama_cpp": {"missing": lacking}}
     source = fetch_smollm2()
-    written: dict[str, float | str] = {"Q4_1": models.llama_tokens_per_second(source)}
+    written = {"Q4_1": models.llama_tokens_per_second(source)}
     with tempfile.TemporaryDirectory() as folder:
         for kind in LLAMA_FILES:
-            try:
-                file = models.requantized(source, Path(folder) / f"{kind}.gguf", kind)
-                written[kind] = models.llama_tokens_per_second(file)
-            except (RuntimeError, ValueError) as error:
-                written[kind] = f"{type(error).__name__}: {error}"
+            file = Path(folder) / f"{kind}.gguf"
+            run_llama_quantize(source, file, kind, {})
+            written[kind] = models.llama_tokens_per_second(file)
     return {"llama_cpp": {"tokens_per_second": written}}
 
 

@@ -109,16 +109,3 @@ def _llama_seconds(model: Any, prompt: list[int]) -> float:
         model.eval([token])
         token = model.sample(temp=0.0)
     return time.perf_counter() - begun
-
-
-def requantized(source: Path, target: Path, file_type: str) -> Path:
-    """`source` as llama.cpp's own quantizer writes it, without an importance matrix."""
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
-    params.allow_requantize, params.nthread = True, torch.get_num_threads()
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
-    if code != 0:
-        raise RuntimeError(f"llama_model_quantize to {file_type} failed with code {code}")
-    return target

@@ -60,7 +60,7 @@ def _model(model: Mapping[str, Any]) -> Iterator[str]:
         f"{model['step_tokens']} tokens {model['lora_step_ratio']:.2f} times as long as peft's."
     )
     written = model.get("llama_cpp", {}).get("tokens_per_second", {})
-    told = [f"{kind} {rate:.0f}" for kind, rate in written.items() if isinstance(rate, float)]
+    told = [f"{kind} {rate:.0f}" for kind, rate in written.items()]
     if told:
         yield f"llama.cpp writes {', '.join(told)} tokens/s on the same threads, without Python."
 

@@ -50,7 +50,8 @@ def quantize(task: Task, settings: Mapping[str, Any]) -> Quantized:
 def run_llama_quantize(
     source: Path, target: Path, file_type: str, importance: Mapping[str, Tensor]
 ) -> None:
-    """Call `llama_model_quantize` with an importance matrix, float32 [k] per tensor name."""
+    """Call `llama_model_quantize` with an importance matrix, float32 [k] per tensor name; empty
+    for none. A source that is quantized itself is read as what it stands for."""
     import llama_cpp
 
     arrays = {name: np.ascontiguousarray(v.numpy(), np.float32) for name, v in importance.items()}
@@ -62,7 +63,9 @@ def run_llama_quantize(
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = torch.get_num_threads()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
-    params.imatrix = ctypes.cast(entries, type(params.imatrix))
+    params.allow_requantize = True
+    if importance:
+        params.imatrix = ctypes.cast(entries, type(params.imatrix))
     code = llama_cpp.llama_model_quantize(
         str(source).encode(), str(target).encode(), ctypes.byref(params)
     )
