@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,3 +43,11 @@ def test_only_the_adapters_input_is_dropped_as_in_peft() -> None:
 def test_a_saved_model_comes_back_with_its_dropout(tmp_path: Path) -> None:
     loaded = lowra.load(lowra.save(dropping(), tmp_path / "saved"), stack())
     assert {layer.dropout for layer in quantized_linears(loaded).values()} == {0.5}
+
+
+def test_an_adapters_config_tells_its_dropout_as_peft_reads_it(tmp_path: Path) -> None:
+    model = dropping()
+    saved = lowra.save(model, tmp_path / "saved"), lowra.save_adapter(model, tmp_path / "adapter")
+    for folder in saved:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["lora_dropout"] == 0.5
