@@ -171,21 +171,20 @@ def _measure(program: Program, plans: Sequence[Program], advance: Callable[[], N
             widths = plan.fact(site.name, Precision).row_widths
             made[site.name] = quantize(weight, reader.read(site), books, widths, rotation)
         advance()
-    return torch.stack([_far(program, made) for made in packed])
+    wanted = [_output(program, program.tensors, batch) for batch in program.held_out]
+    return torch.stack([_far(program, made, wanted) for made in packed])
 
 
-def _far(program: Program, packed: Mapping[str, PackedWeight]) -> Tensor:
-    """The mean distance of the model on packed weights from the original: float64. Its dense
-    weights are held for one plan at a time."""
+def _far(program: Program, packed: Mapping[str, PackedWeight], wanted: Sequence[Tensor]) -> Tensor:
+    """The mean distance of the model on packed weights from the original's outputs `wanted`:
+    float64. Its dense weights are held for one plan at a time."""
     tensors = dict(program.tensors)
     for site in program.sites:
         rounded = packed[site.name].dequantize(site.dtype)
         tensors[site.weight] = rounded.T if site.transposed else rounded
     distances = [
-        _distance(
-            program, _output(program, program.tensors, batch), _output(program, tensors, batch)
-        )
-        for batch in program.held_out
+        _distance(program, output, _output(program, tensors, batch))
+        for output, batch in zip(wanted, program.held_out, strict=True)
     ]
     return torch.stack(distances).mean()
 
