@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.progress import Stage, stage
+from lowra.workflows.decode_attention import decode_attention
 from lowra.workflows.evaluate import check_token_ids, tokenise
 from lowra.workflows.models import inference
 
@@ -90,6 +91,7 @@ def generate_calibration(
     device = next(model.parameters()).device
     with (
         inference(model),
+        decode_attention(model),
         _own_random_state(device, seed) as generator,
         stage("Write calibration text", count * context) as progress,
     ):
