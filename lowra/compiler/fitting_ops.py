@@ -1,8 +1,11 @@
-"""The part of the `lowra::` dialect that compiling itself runs on: codebooks and codes.
+"""The part of the `lowra::` dialect that compiling itself runs on: moments, codebooks, codes.
 
 These ops have no gradient and are never traced; they are ops so that a backend can bring a fast
-kernel for them. Rows are independent of each other, so results do not depend on threads.
+kernel for them. Rows are independent of each other, so results do not depend on threads (those of
+`moments` in plain torch do, in the last bits).
 
+    moments         x [tokens, n], y [tokens, k] or None for x itself, of one floating dtype ->
+                    the sum of x y' over the tokens, float32 [n, k]
     lloyd_rows      values [n, k], weights [n or 1, k or 1], starts of several widths [n, L] each
                     -> levels float64 [n, L] of each, then the losses float64 [n, widths]. At most
                     `iterations`, until a row's loss falls by less than `tolerance` of itself. An
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 from lowra.compiler.ops import LIBRARY
 
+LIBRARY.define("moments(Tensor x, Tensor? y) -> Tensor")
 _LLOYD = "Tensor values, Tensor weights, Tensor[] starts, int iterations, float tolerance"
 LIBRARY.define(f"lloyd_rows({_LLOYD}) -> Tensor[]")
 LIBRARY.define(f"lloyd_shared({_LLOYD}) -> Tensor[]")

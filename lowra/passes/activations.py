@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +23,8 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the rows of x [..., k] (and of y)."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        with _exact_product(x.dtype):
-            if y is None:
-                product = gram_of(rows)
-            else:
-                product = rows.T @ y.detach().reshape(-1, y.shape[-1]).float()
-        self._add(product, len(rows))
+        rows, others = (None if z is None else z.detach().reshape(-1, z.shape[-1]) for z in (x, y))
+        self._add(torch.ops.lowra.moments(rows, others), x[..., 0].numel())
 
     def add_weighted(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add the rows of x and y [..., k], each times its weight (float32 [rows], 0 or more)."""
@@ -61,22 +55,6 @@ class Moments:
         return mean
 
 
-STRIPS = 4
-"""Into which a Gram matrix is cut: 5/8 of a whole product is computed."""
-
-
-def gram_of(rows: Tensor) -> Tensor:
-    """rows' rows, float32 [k, k] of [tokens, k]: the upper triangle, strip by strip, mirrored."""
-    k = rows.shape[1]
-    gram = rows.new_empty(k, k)
-    for columns in torch.arange(k).chunk(STRIPS):
-        start, end = int(columns[0]), int(columns[-1]) + 1
-        strip = rows[:, start:end].T @ rows[:, start:]
-        gram[start:end, start:] = strip
-        gram[end:, start:end] = strip[:, end - start :].T
-    return gram
-
-
 class Squares(Moments):
     """The diagonal of the running sum alone: of x^2, in float32 [k]."""
 
@@ -85,18 +63,6 @@ class Squares(Moments):
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         others = rows if y is None else y.detach().reshape(-1, y.shape[-1]).float()
         self._add((rows * others).sum(0), len(rows))
-
-
-@contextmanager
-def _exact_product(dtype: torch.dtype) -> Generator[None, None, None]:
-    """Let float32 products of bfloat16 values run on bfloat16 units: exact, sums in float32."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if dtype == torch.bfloat16:
-            torch.set_float32_matmul_precision("medium")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Runner:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowra.backends.cpu import fitting, toolchain
+from lowra.backends.cpu.tiers import best_tier
 from lowra.backends.reference import feedback, lloyd, optimum
 
 pytestmark = pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
@@ -31,6 +32,34 @@ def starts_of(widths: list[int], rows: int | None, seed: int) -> list[Tensor]:
     generator = generator_of(seed + 1)
     shapes = [(1 << b,) if rows is None else (rows, 1 << b) for b in widths]
     return [torch.randn(s, generator=generator, dtype=torch.float64).sort(-1)[0] for s in shapes]
+
+
+@DRAWN
+@given(st.integers(0, 700), COLUMNS, st.integers(1, 70), SEEDS, st.sampled_from([1, 2, 3]))
+def test_moments(tokens: int, n: int, k: int, seed: int, threads: int) -> None:
+    generator = generator_of(seed)
+    x, y = (torch.randn(tokens, c, generator=generator).bfloat16() for c in (n, k))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = fitting.moments(x, None), fitting.moments(x, y), fitting.moments(x.double(), None)
+    finally:
+        torch.set_num_threads(before)
+    wanted = x.double().T @ x.double(), x.double().T @ y.double(), x.double().T @ x.double()
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-5 * tokens**0.5)
+    assert torch.equal(found[0], found[0].T)
+
+
+@pytest.mark.skipif("bfloat16" not in best_tier().activations, reason="no bfloat16 products")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_moments_of_a_bad_value_are_bad_where_it_is(bad: float) -> None:
+    x = torch.ones(7, 50).bfloat16()
+    x[6, 3] = bad
+    found = fitting.moments(x, None).isfinite()
+    assert not found[3].any() and not found[:, 3].any()
+    assert int(found.sum()) == 49 * 49
 
 
 @DRAWN

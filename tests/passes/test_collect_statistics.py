@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowra.backends.reference.moments import gram_of
 from lowra.compiler.capture import capture
 from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import CalibrationError, RecipeError
@@ -28,7 +29,6 @@ from lowra.passes import (
     RotateInputs,
     collect_statistics,
 )
-from lowra.passes.activations import gram_of
 from tests.compiler.captured import compiled_from, normalized
 from tests.models import plain_mlp, tokens
 from tests.passes.site_programs import CyclicWidths

@@ -9,9 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowra.backends.cpu.toolchain import library, pointer
+from lowra.backends.cpu.tiers import best_tier
+from lowra.backends.cpu.toolchain import cpu_flags, library, pointer
 from lowra.backends.reference import feedback, lloyd, optimum
+from lowra.backends.reference import moments as plain
 from lowra.compiler.ops import LIBRARY
+
+
+def moments(x: Tensor, y: Tensor | None) -> Tensor:
+    built = library("moments") if len(x) and _has_fast_moments(x, y) else None
+    if built is None:
+        return plain.moments(x, y)
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    result = torch.empty(x.shape[1], x.shape[1] if y is None else y.shape[1])
+    sizes = map(_int, (len(x), *result.shape))
+    built.lowra_moments(
+        pointer(x), None if y is None else pointer(y), pointer(result), *sizes,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return result
+
+
+def _has_fast_moments(x: Tensor, y: Tensor | None) -> bool:
+    """Whether the kernel is ahead of torch, which multiplies bfloat16 in float32 where there are
+    no matrix units (AMX)."""
+    pairs = all(z is None or z.dtype == torch.bfloat16 for z in (x, y))
+    return pairs and "bfloat16" in best_tier().activations and "amx_bf16" not in cpu_flags()
 
 
 def lloyd_rows(
@@ -140,6 +163,6 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 for _kernel in (
-    lloyd_rows, lloyd_shared, lloyd_scales, optimal_levels, feedback_codes, descend_codes
+    moments, lloyd_rows, lloyd_shared, lloyd_scales, optimal_levels, feedback_codes, descend_codes
 ):  # fmt: skip
     torch.library.impl(f"lowra::{_kernel.__name__}", "CPU", _kernel, lib=LIBRARY)
