@@ -21,7 +21,8 @@ kernel for them. Rows are independent of each other, so results do not depend on
                     zeros or None, columns int64 [k] the scale of each column -> codes uint8 [n, k]
     descend_codes   weight [n, k], gram [k, k], codes and the rest as above: coordinate descent on
                     the output error, at most `sweeps` times over the columns -> codes uint8 [n, k]
-                    and float32 [n, k] what error they leave, times gram
+                    and float32 [n, k] their slope: what error they leave, times gram. The slope of
+                    the codes given may be given too; computing it takes half as long as a sweep
 
 Values, weights, tables and scales are float32, starts and levels float64.
 """
@@ -39,6 +40,6 @@ LIBRARY.define("optimal_levels(Tensor values, Tensor weights, int[] counts) -> T
 _TABLES = "Tensor tables, Tensor? scales, Tensor columns"
 LIBRARY.define(f"feedback_codes(Tensor weight, Tensor upper, {_TABLES}) -> Tensor")
 LIBRARY.define(
-    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, int sweeps)"
+    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, Tensor? slope, int sweeps)"
     " -> (Tensor, Tensor)"
 )

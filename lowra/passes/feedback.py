@@ -115,12 +115,13 @@ def feedback_codes(
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, group: int, codes: Tensor,
-    sweeps: int,
+    sweeps: int, slope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', and e G [n, k]."""
+    """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', and their slope e G
+    [n, k]; `slope` is that of the codes given, where it is known."""
     moved, slope = torch.ops.lowra.descend_codes(
         weight, gram, tables, None if scales is None else _safe(scales),
-        scale_index(weight.shape[1], group), codes.to(torch.uint8), sweeps,
+        scale_index(weight.shape[1], group), codes.to(torch.uint8), slope, sweeps,
     )  # fmt: skip
     return moved.long(), slope
 

@@ -163,13 +163,20 @@ def test_descend_codes(n: int, k: int, seed: int, groups: int) -> None:
     gram = gram_of(k, seed)
     start = torch.zeros(n, k, dtype=torch.uint8)
     arguments = (weight, gram, tables, scales if groups else None, columns, start)
-    got, slope = fitting.descend_codes(*arguments, 1)
-    want, _ = feedback.descend_codes(*arguments, 1)
+    got, slope = fitting.descend_codes(*arguments, None, 1)
+    want, _ = feedback.descend_codes(*arguments, None, 1)
     assert int((got != want).any(1).sum()) <= 1 + n // 20
     value = tables.gather(1, got.long()) * (scales[:, columns] if groups else 1.0)
     error = (weight - value).double()
     torch.testing.assert_close(slope.double(), error @ gram.double(), rtol=1e-3, atol=1e-3)
     assert int(start.max()) == 0, "the input is not written to"
+    for backend in (fitting, feedback):
+        codes, known = backend.descend_codes(*arguments, None, 0)
+        kept = known.clone()
+        assert torch.equal(codes, start)
+        again, _ = backend.descend_codes(*arguments, known, 1)
+        assert torch.equal(again, backend.descend_codes(*arguments, None, 1)[0])
+        assert torch.equal(known, kept), "the slope given is not written to"
 
 
 @DRAWN
@@ -185,4 +192,4 @@ def test_no_sweep_raises_the_output_error(n: int, k: int, seed: int) -> None:
         now = ((error @ gram.double()) * error).sum(1)
         assert bool((now <= before * (1 + 1e-4) + 1e-6).all())
         before = now
-        codes, _ = fitting.descend_codes(weight, gram, tables, scales, columns, codes, 1)
+        codes, _ = fitting.descend_codes(weight, gram, tables, scales, columns, codes, None, 1)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowra.compiler.storage import NO_SCALES, ROW_SCALES
+from lowra.passes import refine as refining
 from lowra.passes.feedback import nearest_codes
 from lowra.passes.refine import SETTLED, Rounded, refine, relevelled, rescaled
 from lowra.passes.refit import refit_levels
@@ -28,6 +30,13 @@ def case(n: int, k: int, count: int, seed: int) -> tuple[Tensor, Tensor, Rounded
     scales = torch.rand(n, 2, generator=generator) + 0.5
     state = Rounded(codes, tables, scales, (k + 1) // 2)
     return weight, gram, state, (weight - state.values()) @ gram
+
+
+def without_groups(state: Rounded, scales: int) -> Rounded:
+    """The same codes with a scale per row, or with none."""
+    assert state.scales is not None
+    kept = state.scales[:, :1].contiguous() if scales else None
+    return Rounded(state.codes, state.tables, kept, ROW_SCALES if scales else NO_SCALES)
 
 
 def errors(weight: Tensor, gram: Tensor, state: Rounded) -> Tensor:
@@ -70,6 +79,22 @@ def test_a_panels_levels_are_those_of_least_squares_over_its_rows(
     torch.testing.assert_close(got.double(), want.T.expand(n, -1), rtol=1e-3, atol=1e-3)
 
 
+def test_a_rows_slope_after_its_scale_is_known_without_a_product() -> None:
+    weight, gram, state, _ = case(5, 24, 4, 3)
+    state = without_groups(state, 1)
+    assert state.scales is not None
+    state.scales[2] = 0.0
+    image, slope = weight @ gram, (weight - state.values()) @ gram
+    energy, error = (image * weight).sum(1), errors(weight, gram, state).float()
+    best = refining._Judged(weight, image, energy, state, slope, error)
+    fresh = rescaled(weight, energy, state, slope)
+    assert not torch.equal(fresh.scales, state.scales)
+    known = refining._slope_after(best, fresh)
+    torch.testing.assert_close(known, (weight - fresh.values()) @ gram, rtol=1e-4, atol=1e-4)
+    grouped = replace(state, scales=torch.ones(5, 2), group=12)
+    assert refining._slope_after(best, grouped) is None
+
+
 def test_no_step_away_from_the_closed_forms_is_better() -> None:
     weight, gram, state, _ = case(3, 16, 4, 5)
     codes = nearest_codes(weight, state.tables, state.scales, state.group)
@@ -108,17 +133,17 @@ def test_rows_of_several_widths_keep_their_padding_and_wide_tables_stay() -> Non
 
 @DRAWN
 @given(st.integers(1, 5), st.integers(4, 30), st.sampled_from([2, 4]), st.integers(0, 99),
-       st.sampled_from(["any", "singular", "zero"]), st.booleans())  # fmt: skip
+       st.sampled_from(["any", "singular", "zero"]), st.sampled_from([0, 1, 2]))  # fmt: skip
 def test_refining_never_raises_a_rows_error(
-    n: int, k: int, count: int, seed: int, kind: str, scaled: bool
+    n: int, k: int, count: int, seed: int, kind: str, scales: int
 ) -> None:
     weight, gram, state, _ = case(n, k, count, seed)
     if kind == "singular":
         gram = torch.ones(k, 1) @ torch.ones(1, k)
     elif kind == "zero":
         weight[0] = 0.0
-    if not scaled:
-        state = Rounded(state.codes, state.tables, None, 0)
+    if scales < 2:
+        state = without_groups(state, scales)
     before = errors(weight, gram, state)
     for rounds in (0, 1, 2):
         done = refine(weight, gram, state, rounds)

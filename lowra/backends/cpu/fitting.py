@@ -129,16 +129,18 @@ def feedback_codes(
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
-    codes: Tensor, sweeps: int,
+    codes: Tensor, slope: Tensor | None, sweeps: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     built = library("codes")
     if built is None:
-        return feedback.descend_codes(weight, gram, tables, scales, columns, codes, sweeps)
+        return feedback.descend_codes(weight, gram, tables, scales, columns, codes, slope, sweeps)
     codes = codes.clone(memory_format=torch.contiguous_format)
-    slope = torch.empty(weight.shape)
+    known = slope is not None
+    start = weight if slope is None else slope
+    slope = start.clone(memory_format=torch.contiguous_format)
     _write_codes(
         built.lowra_descend_codes, weight, gram, tables, scales, columns, codes,
-        pointer(slope), _int(sweeps),
+        pointer(slope), _int(known), _int(sweeps),
     )  # fmt: skip
     return codes, slope
 

@@ -37,7 +37,7 @@ def feedback_codes(
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
-    codes: Tensor, sweeps: int,
+    codes: Tensor, slope: Tensor | None, sweeps: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each column in turn to the level that is best given all others: with e = w - q, the best
     value of column i is q_i + (e G)_i / G_ii, rounded. No step raises e G e'."""
@@ -47,7 +47,7 @@ def descend_codes(
     thresholds = ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
     finite = torch.where(torch.isinf(tables), torch.zeros(()), tables)
     values = (finite.gather(1, codes.long()).T * factors[columns]).contiguous()
-    slope = gram @ (weight.T - values)
+    slope = gram @ (weight.T - values) if slope is None else slope.T.clone()
     for _ in range(sweeps):
         before = codes.clone()
         for i in range(k):

@@ -189,30 +189,41 @@ static bool sweep(Block& block, const float* gram, const int64_t* columns,
     return any;
 }
 
-// weight [n, k], gram [k, k] with a positive diagonal, codes [n, k] in and out, slopes [n, k] out;
-// the rest as above.
+// The slope of a row block, error times Gram matrix, from nothing.
+static void find_slope(Block& block, const float* gram, const std::vector<Column>& values,
+                       std::vector<Column>& slope, int64_t k) {
+    for (int64_t c = 0; c < k; c++)  // minus the error: spread() subtracts
+        for (int v = 0; v < VECTORS; v++)
+            block.weight[c].part[v] = values[c].part[v] - block.weight[c].part[v];
+    slope.assign(k, Column{});
+    for (int64_t start = 0; start < k; start += PANEL) {
+        Changes errors;
+        for (int64_t i = start; i < std::min<int64_t>(k, start + PANEL); i++) {
+            errors.matrix[errors.count] = gram + i * k;
+            errors.by[errors.count++] = block.weight[i];
+        }
+        spread_over(slope.data(), 0, k, errors);
+    }
+}
+
+// weight [n, k], gram [k, k] with a positive diagonal, codes [n, k] in and out, slopes [n, k] in
+// where `known`, and out; the rest as above.
 extern "C" void lowra_descend_codes(const float* weight, const float* gram, const float* tables,
                                     const float* scales, const int64_t* columns, uint8_t* codes,
                                     int64_t n, int64_t k, int64_t count, int64_t groups,
-                                    float* slopes, int64_t sweeps, int threads) {
+                                    float* slopes, int64_t known, int64_t sweeps, int threads) {
     parallel_rows(n, ROWS, threads, [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin;
         Block block;
-        std::vector<Column> values, slope(k, Column{});
-        load(block.weight, weight + begin * k, rows, k);
+        std::vector<Column> values, slope;
         load_tables(block, tables + begin * count, rows, count);
         load(block.scales, scales + begin * groups, rows, groups);
         load_values(block, codes + begin * k, columns, rows, k, values);
-        for (int64_t c = 0; c < k; c++)  // minus the error: spread() subtracts
-            for (int v = 0; v < VECTORS; v++)
-                block.weight[c].part[v] = values[c].part[v] - block.weight[c].part[v];
-        for (int64_t start = 0; start < k; start += PANEL) {
-            Changes errors;
-            for (int64_t i = start; i < std::min<int64_t>(k, start + PANEL); i++) {
-                errors.matrix[errors.count] = gram + i * k;
-                errors.by[errors.count++] = block.weight[i];
-            }
-            spread_over(slope.data(), 0, k, errors);
+        if (known) {
+            load(slope, slopes + begin * k, rows, k);
+        } else {
+            load(block.weight, weight + begin * k, rows, k);
+            find_slope(block, gram, values, slope, k);
         }
         for (int64_t s = 0; s < sweeps; s++)
             if (!sweep(block, gram, columns, values, slope, k)) break;
