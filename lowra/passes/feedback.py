@@ -119,11 +119,11 @@ def descend_codes(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', and their slope e G
     [n, k]; `slope` is that of the codes given, where it is known."""
-    moved, slope = torch.ops.lowra.descend_codes(
+    moved, left = torch.ops.lowra.descend_codes(
         weight, gram, tables, None if scales is None else _safe(scales),
         scale_index(weight.shape[1], group), codes.to(torch.uint8), slope, sweeps,
     )  # fmt: skip
-    return moved.long(), slope
+    return moved.long(), left
 
 
 def _safe(scales: Tensor) -> Tensor:
