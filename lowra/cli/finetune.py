@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FIELDS = (
     "text_field", "split", "context", "long", "eval_share", "epochs", "max_steps", "batch",
-    "accumulation", "rate", "warmup", "weight_decay", "clip", "eval_every", "patience", "keep",
-    "checkpointing", "autocast", "seed",
+    "accumulation", "optimizer", "rate", "warmup", "weight_decay", "clip", "eval_every",
+    "patience", "keep", "checkpointing", "autocast", "seed",
 )  # fmt: skip
 """Options that are fields of TrainingSettings, whose defaults hold where one is not given."""
 
@@ -51,7 +51,16 @@ def finetune_model(
         str | None,
         typer.Option(metavar="pack|truncate", help="Join and cut examples, or cut each. [pack]"),
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rate. [0.0002]")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="adamw|lora-rite|oplora",
+            help="AdamW, or one that sees A and B as one product. [adamw]",
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Learning rate. [0.0002; lora-rite 0.001, oplora 1]")
+    ] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. [0.03]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of A and B. [0]")] = None,
     clip: Annotated[float | None, typer.Option(help="Norm of the gradient; 0 none. [1]")] = None,

@@ -207,7 +207,18 @@ def _trainer(
     return WatchedTrainer(
         model, arguments, data_collator=PadRows(_padding(tokenizer)), train_dataset=data.train,
         eval_dataset=data.held_out or None, callbacks=callbacks, bar=bar, tell=tell or _silent,
+        optimizers=(_optimizer(model, settings), None),
     )  # fmt: skip
+
+
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
+    """None for AdamW, which is Trainer's own."""
+    if settings.optimizer == "adamw":
+        return None
+    from lowra import optim
+
+    maker = {"lora-rite": optim.LoRARite, "oplora": optim.OPLoRA}[settings.optimizer]
+    return maker(model, lr=settings.rate, weight_decay=settings.weight_decay)
 
 
 def _checkpointing(arguments: Any, wanted: bool) -> dict[str, Any]:

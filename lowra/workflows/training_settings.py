@@ -12,6 +12,9 @@ from lowra.compiler.errors import RecipeError, nearest
 from lowra.runtime.training import EXTRAS
 from lowra.workflows.training_data import LONG
 
+RATES = {"adamw": 2e-4, "lora-rite": 1e-3, "oplora": 1.0}
+"""Optimisers, and the rate of each where none is given."""
+
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
@@ -24,8 +27,10 @@ class TrainingSettings:
         evaluate on are given.
     epochs, or max_steps where it is given: how long. batch: rows of a forward; accumulation: so
         many forwards make a step.
-    rate, schedule, warmup (share of all steps), weight_decay, clip (norm of the gradient; 0: none):
-        of AdamW, over the adapters alone.
+    optimizer: "adamw", or one that sees A and B as one product (`lowra.optim`): "lora-rite" or
+        "oplora", which is not adaptive.
+    rate (by default `RATES`), schedule, warmup (share of all steps), weight_decay, clip (norm of
+        the gradient; 0: none): of the optimiser.
     eval_every: steps between evaluations, each with a checkpoint; by default a tenth of the run.
     patience: stop after so many evaluations in a row without a better loss; None: never.
     keep: checkpoints kept, the best beside them.
@@ -46,7 +51,8 @@ class TrainingSettings:
     max_steps: int | None = None
     batch: int = 4
     accumulation: int = 1
-    rate: float = 2e-4
+    optimizer: str = "adamw"
+    rate: float = None  # pyright: ignore - never None afterwards
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -61,6 +67,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "extras", tuple(self.extras))
+        if self.rate is None:
+            object.__setattr__(self, "rate", RATES.get(self.optimizer, RATES["adamw"]))
         for name in ("context", "batch", "accumulation", "keep"):
             self._whole(name, 1)
         for name in ("max_steps", "eval_every", "patience"):
@@ -79,7 +87,8 @@ class TrainingSettings:
             self._number(name, below=1.0)
 
     def _choices(self) -> None:
-        for name, legal in (("long", LONG), ("schedule", SCHEDULES)):
+        legal_values = ("long", LONG), ("schedule", SCHEDULES), ("optimizer", tuple(RATES))
+        for name, legal in legal_values:
             value = getattr(self, name)
             if value not in legal:
                 raise RecipeError(f"{name}={value!r} is unknown; {nearest(str(value), legal)}")

@@ -30,6 +30,14 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_each_optimizer_has_a_rate_of_its_own() -> None:
+    assert TrainingSettings().rate == 2e-4
+    assert TrainingSettings(optimizer="lora-rite").rate == 1e-3
+    assert TrainingSettings(optimizer="oplora", rate=0.5).rate == 0.5
+    with pytest.raises(RecipeError, match="optimizer='lorarite' is unknown.*lora-rite"):
+        TrainingSettings(optimizer="lorarite")
+
+
 def student() -> Any:
     return copy.deepcopy(low_llama().compiled)
 
@@ -70,11 +78,17 @@ def interrupted(model: nn.Module, folder: Path, step: int, **changed: Any) -> No
         run(model, folder, tell=cut, **changed)
 
 
-def test_a_run_that_was_cut_and_goes_on_equals_one_that_was_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 2e-2), ("lora-rite", 1e-2),
+                                                 ("oplora", 1.0)])  # fmt: skip
+def test_a_run_that_was_cut_and_goes_on_equals_one_that_was_not(
+    optimizer: str, rate: float, tmp_path: Path
+) -> None:
     whole, fresh = student(), student()
-    expected = run(whole, tmp_path / "whole", max_steps=8, epochs=1.0).report
-    interrupted(student(), tmp_path / "cut", 5)
-    done = run(fresh, tmp_path / "cut").report
+    how = {"optimizer": optimizer, "rate": rate}
+    expected = run(whole, tmp_path / "whole", max_steps=8, epochs=1.0, **how).report
+    interrupted(student(), tmp_path / "cut", 5, **how)
+    done = run(fresh, tmp_path / "cut", **how).report
+    assert done["best"]["loss"] < done["before"]["loss"]
     assert done["resumed_from"] == 4
     assert factors(whole)
     for name, factor in factors(whole).items():
