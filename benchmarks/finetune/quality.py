@@ -1,0 +1,134 @@
+"""Perplexity after the same fine-tuning, by what the frozen base stores."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.finetune.bases import RANK, base_of
+from benchmarks.quality.protocol import Task, smollm2_task
+from benchmarks.quality.rows import code_version
+from benchmarks.results_file import FOLDER, write_results
+from lowra.compiler.progress import show_progress, stage
+from lowra.optim import LoRARite, OPLoRA
+from lowra.workflows.evaluate import evaluate, windows
+
+NAME = "finetune_quality"
+BASES = (
+    "original", "nf4", "loftq-4", "loftq-2",
+    *(f"{p} {b:g}" for b in (4, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.15) for p in ("default", "lowra")),
+)  # fmt: skip
+CONTEXT, ROWS, TEST_WINDOWS = 512, 400, 8
+RATES = {"adamw": 1e-3, "lora-rite": 1e-3, "oplora": 1.0}
+
+
+def run(arguments: Any) -> None:
+    """Measure the rows asked for; each is written as soon as it is there."""
+    console = Console()
+    task = smollm2_task(arguments.data, arguments.work_dir)
+    rows = _known()
+    with show_progress():
+        for base in arguments.bases:
+            for optimizer in arguments.optimizers:
+                for seed in range(arguments.seeds):
+                    rate = arguments.rate or RATES[optimizer]
+                    key = f"{base} / {optimizer} {rate:g} / {arguments.steps} steps / seed {seed}"
+                    if key in rows and not arguments.rerun:
+                        continue
+                    rows[key] = measure(task, base, optimizer, rate, arguments.steps, seed,
+                                        arguments.data)  # fmt: skip
+                    write_results(NAME, {"protocol": protocol(), "rows": rows})
+    console.print(table_of(rows))
+
+
+def protocol() -> dict[str, Any]:
+    return {
+        "model": "SmolLM2-135M-Instruct (bfloat16)", "train": f"WikiText-2 valid, {ROWS} rows",
+        "test": f"WikiText-2 test, {TEST_WINDOWS} x 1024 tokens", "batch": f"1 x {CONTEXT} tokens",
+        "adapter": f"rank {RANK}, alpha {RANK}, every linear but the head, float32",
+        "schedule": "linear warm-up over a tenth, then cosine to 0; gradient norm at most 1",
+    }  # fmt: skip
+
+
+def measure(
+    task: Task, name: str, optimizer: str, rate: float, steps: int, seed: int, data: Path
+) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    base = base_of(name, task)
+    text = (data / "wikitext2-valid.txt").read_text()
+    rows = windows(text, task.tokenizer, count=ROWS, context=CONTEXT)
+    before = _perplexity(base.model, task)
+    start = time.perf_counter()
+    losses = train(base.model, rows, optimizer, rate, steps, seed)
+    seconds = time.perf_counter() - start
+    return {
+        "base": name, "optimizer": optimizer, "rate": rate, "steps": steps, "seed": seed,
+        "stored_bits": base.stored_bits, "perplexity_before": before,
+        "perplexity": _perplexity(base.model, task), "losses": losses,
+        "seconds_per_step": seconds / steps, "version": code_version(),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _perplexity(model: nn.Module, task: Task) -> float:
+    return evaluate(model.eval(), task.test[:TEST_WINDOWS], batch=1).perplexity
+
+
+def train(
+    model: Any, rows: Tensor, optimizer: str, rate: float, steps: int, seed: int
+) -> list[float]:
+    """Losses of `steps` steps, one row each, in an order drawn by `seed`."""
+    moved = [p for p in model.parameters() if p.requires_grad]
+    makers = {
+        "adamw": lambda: torch.optim.AdamW(moved, lr=rate, weight_decay=0.0),
+        "lora-rite": lambda: LoRARite(model, lr=rate),
+        "oplora": lambda: OPLoRA(model, lr=rate),
+    }
+    chosen = makers[optimizer]()
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        chosen,
+        lambda s: min((s + 1) / warm, (1 + math.cos(math.pi * max(0, s - warm) / steps)) / 2),
+    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    losses = []
+    model.train()
+    with stage(f"train with {optimizer}", steps) as bar:
+        for step in range(steps):
+            row = rows[order[step % len(order)]][None]
+            loss = model(input_ids=row, labels=row, use_cache=False).loss
+            loss.backward()
+            if optimizer == "adamw":
+                torch.nn.utils.clip_grad_norm_(moved, 1.0)
+            chosen.step()
+            schedule.step()
+            chosen.zero_grad()
+            losses.append(round(float(loss.detach()), 4))
+            bar.advance()
+    return losses
+
+
+def _known() -> dict[str, Any]:
+    path = FOLDER / f"{NAME}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
+def table_of(rows: dict[str, Any]) -> Table:
+    table = Table(title="WikiText-2 test perplexity after fine-tuning on valid")
+    for column in ("base", "optimizer", "stored bits", "steps", "seed", "before", "after"):
+        table.add_column(column, justify="left" if column in ("base", "optimizer") else "right")
+    for row in sorted(rows.values(), key=lambda row: -row["stored_bits"]):
+        table.add_row(
+            row["base"], row["optimizer"], f"{row['stored_bits']:.3f}", str(row["steps"]),
+            str(row["seed"]), f"{row['perplexity_before']:,.2f}", f"{row['perplexity']:,.2f}",
+        )  # fmt: skip
+    return table
