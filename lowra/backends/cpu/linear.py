@@ -29,8 +29,8 @@ def stored_rows(
 
 
 FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}
-"""By a tier's vectors: up to here rows are multiplied as they are unpacked; above, unpacking them
-for torch's product costs less."""
+"""By a tier's vectors: with more tokens, rows that are multiplied in float32 are unpacked for torch's
+product, which costs less."""
 
 _unpacked = linear.kernels(stored_rows)
 
@@ -61,10 +61,10 @@ def forward(
     """Both linear ops, by the number of tokens."""
     k = packed[5]
     if x.dtype in KINDS and x.shape[-1] == k:
-        if x.numel() <= k * FEW_TOKENS[best_tier().vectors]:
-            ready = prepared(packed, activations_for(x.dtype, k))
-            if ready is not None:
-                return product(x, ready, bias, factors)
+        ready = prepared(packed, activations_for(x.dtype, k))
+        few = x.numel() <= k * FEW_TOKENS[best_tier().vectors]
+        if ready is not None and (few or ready.looked_up):
+            return product(x, ready, bias, factors)
         ready = prepared(packed, "float32")
         if ready is not None:
             y = forward_by_pieces(x, ready, bias)

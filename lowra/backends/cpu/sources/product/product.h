@@ -6,11 +6,6 @@ template <class Codes>
 static void rows_of(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
                     int64_t begin, int64_t end) {
     const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
-    if (c.m > 2 * MOST_TOKENS)
-        return expanded_rows(w, c, t, panel, begin, end, t.inputs, t.lanes * 4, t.lanes * 4,
-                             [&](int64_t row, uint8_t* out) {
-                                 expand_row<Codes>(w, panel, tail, row, out);
-                             });
     for (int64_t row = begin; row < end; row += ROWS) {
         const Batch b = batch_of(w, panel, row, end, ROWS);
         int64_t m = 0;
@@ -44,14 +39,24 @@ static void stored_rows(const Weight& w, const Call& c, const Tokens& t, const P
     }
 }
 
+static void rows_by_blocks(const Weight&, const Call&, const Tokens&, const Panels&);  // blocks.h
+
 // Of multiplications: with fewer, waking a second thread costs more than it saves.
 constexpr int64_t ALONE = 2000000;
+
+// Tokens up to which rows are multiplied as they are looked up.
+constexpr int64_t FEW = 8;
+
+constexpr int64_t SLAB_BYTES = 12 << 20;
 
 // Tokens few enough for the caches.
 static void slab(const Weight& w, const Call& c) {
     const Places places(w, c);
     const Tokens tokens = prepare_tokens(w, c, places, scratch<OF_TOKENS>(places.total));
     const Panels panels = panels_of(w);
+#ifdef LANES16
+    if (c.m > FEW && !tokens.exact) return rows_by_blocks(w, c, tokens, panels);
+#endif
     if (c.m * w.n * w.k < ALONE) return stored_rows(w, c, tokens, panels, 0, w.n);
     parallel_rows(w.n, 32, c.threads, [&](int64_t begin, int64_t end) {
         stored_rows(w, c, tokens, panels, begin, end);
@@ -61,13 +66,15 @@ static void slab(const Weight& w, const Call& c) {
 // x [m, k], rows `x_stride` apart, to y [m, n], both of `kind`.
 extern "C" void lowra_product(Weight* weight, const Extras* extras, const void* x, void* y,
                               int64_t m, int64_t x_stride, Kind kind, int threads) {
-    constexpr int64_t SLAB = 256;
+    // So many together as the last cache may hold, and enough of them to pay for looking up.
+    const int64_t room = SLAB_BYTES / (padded(weight->k) * 8);
+    const int64_t most = std::min<int64_t>(256, std::max<int64_t>(64, room));
     const int64_t bytes = kind == FLOAT32 ? 4 : 2;
     derive(*weight);
-    for (int64_t at = 0; at < m; at += SLAB)
+    for (int64_t at = 0; at < m; at += most)
         slab(*weight, Call{static_cast<const char*>(x) + at * x_stride * bytes,
                            static_cast<char*>(y) + at * weight->n * bytes,
-                           std::min(SLAB, m - at), x_stride, kind, threads, *extras});
+                           std::min(most, m - at), x_stride, kind, threads, *extras});
 }
 
 // x [m, k], rows `stride` apart, to out [m, k] of its kind: rotated or, where `back`, rotated back.

@@ -1,5 +1,5 @@
 // Sixteen stored rows at a time: sums of looked-up values times activations, lane by lane, then
-// one reduction for all, and y. With many tokens, BLOCK rows are looked up into cache first.
+// one reduction for all, and y. Many tokens: blocks.h.
 
 static void finish(const Weight& w, const Call& c, int64_t stored, int64_t token, float value) {
     const int64_t row = w.order[stored];
@@ -24,7 +24,6 @@ static void exact_row(const Weight& w, const Call& c, const Tokens& t, const Pan
 
 #ifdef LANES16
 constexpr int ROWS = 16;
-constexpr int64_t CACHE_BYTES = 512 << 10;  // of activations, in a core's second cache
 
 struct Tail {
     int steps;                       // of 16 lanes in a short tile
@@ -176,8 +175,8 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
 
 // The elements of a stored row, in the order of a token's.
 template <class Codes>
-static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, int64_t row,
-                       uint8_t* out) {
+static void expand_row(const Weight& w, const Panel& panel, int64_t row, uint8_t* out) {
+    const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
     constexpr int TABLE = ELEMENT << Codes::WIDTH;
     const Lanes table = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
     Codes codes;
@@ -192,64 +191,6 @@ static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, in
     }
     for (int s = 0; s < tail.steps; s++)
         store_lanes(out + s * 64, look_up(table, codes.tail(tail, s)));
-}
-
-// BLOCK expanded rows with M tokens; x: the first one's. Rows, and parts of x, are `stride` apart,
-// and hold `bytes` that matter.
-template <int M>
-static void expanded_tokens(const Weight& w, const Call& c, const Tokens& t, const Batch& b,
-                            const uint8_t* rows, const uint8_t* x, int64_t stride, int64_t bytes,
-                            int64_t token) {
-    constexpr int INPUTS = M * PARTS;
-    Lanes sums[BLOCK][INPUTS] = {};
-    for (int64_t at = 0; at < bytes; at += 64) {
-        Lanes values[BLOCK];
-        each_step<BLOCK>([&](auto row) INLINE {
-            constexpr int r = decltype(row)::value;
-            values[r] = load_lanes(rows + r * stride + at);
-        });
-        each_step<INPUTS>([&](auto part) INLINE {
-            constexpr int i = decltype(part)::value;
-            const Lanes inputs = load_lanes(x + i * stride + at);
-            each_step<BLOCK>([&](auto row) INLINE {
-                constexpr int r = decltype(row)::value;
-                sums[r][i] = dot_lanes(sums[r][i], values[r], inputs);
-            });
-        });
-    }
-    each_step<M>([&](auto token_of) INLINE {
-        constexpr int m = decltype(token_of)::value;
-        Floats lanes[BLOCK];
-        each_step<BLOCK>([&](auto row) INLINE {
-            constexpr int r = decltype(row)::value;
-            lanes[r] = as_floats<PARTS>(sums[r] + m * PARTS);
-        });
-        finish_rows<BLOCK>(w, c, t, b, lanes, token + m);
-    });
-}
-
-// Rows begin .. end by blocks that expand(row, out) looks up once for all tokens; tokens in
-// groups that stay in cache meanwhile.
-template <class Expand>
-static void expanded_rows(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
-                          int64_t begin, int64_t end, const uint8_t* x, int64_t stride,
-                          int64_t bytes, const Expand& expand) {
-    uint8_t* rows = reinterpret_cast<uint8_t*>(scratch<OF_ROWS>(BLOCK * stride));
-    const int64_t together = std::max<int64_t>(
-        MOST_TOKENS, CACHE_BYTES / (PARTS * stride) / MOST_TOKENS * MOST_TOKENS);
-    for (int64_t first = 0; first < c.m; first += together)
-        for (int64_t row = begin; row < end; row += BLOCK) {
-            const Batch b = batch_of(w, panel, row, end, BLOCK);
-            for (int r = 0; r < BLOCK; r++)
-                expand(row + std::min(r, b.count - 1), rows + r * stride);
-            const int64_t last = std::min(c.m, first + together);
-            int64_t m = first;
-            for (; m + MOST_TOKENS <= last; m += MOST_TOKENS)
-                expanded_tokens<MOST_TOKENS>(w, c, t, b, rows, x + m * PARTS * stride, stride,
-                                             bytes, m);
-            for (; m < last; m++)
-                expanded_tokens<1>(w, c, t, b, rows, x + m * PARTS * stride, stride, bytes, m);
-        }
 }
 
 // Sums of a batch of rows: block(at) fills `out` from row `at` of the batch on.

@@ -79,12 +79,6 @@ template <int M>
 
 [[maybe_unused]] static void ternary_rows(const Weight& w, const Call& c, const Tokens& t,
                                           const Panel& panel, int64_t begin, int64_t end) {
-    if (c.m > MOST_TOKENS)
-        return expanded_rows(w, c, t, panel, begin, end,
-                             reinterpret_cast<const uint8_t*>(t.natural), natural_bytes(w.k),
-                             aligned(w.k), [&](int64_t row, uint8_t* out) {
-                                 expand_ternary(w, panel, row, out);
-                             });
     for (int64_t row = begin; row < end; row += ROWS) {
         const Batch b = batch_of(w, panel, row, end, ROWS);
         int64_t m = 0;

@@ -13,15 +13,6 @@ struct Tokens {
 static int64_t hidden_stride(int64_t rank) { return (rank + 15) / 16 * 16; }
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Memory of this thread that starts on a cache line; each PURPOSE has its own.
-template <int PURPOSE>
-static char* scratch(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
-    return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-}
-enum { OF_TOKENS, OF_PLAIN_TOKEN, OF_ROWS, OF_EXACT_ROW };
-
 // Where a weight and the tokens meet, in bytes from the start of the memory of one product.
 struct Places {
     int64_t lanes, rotated, inputs, numbers, natural, hidden, total;
