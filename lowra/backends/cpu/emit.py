@@ -49,7 +49,7 @@ def looks_up(key: KernelKey, widths: set[int]) -> bool:
 
 
 def _multiplied(key: KernelKey) -> tuple[int, ...]:
-    """Widths that are multiplied as they are looked up; ternary digits fill bytes, so only bytes."""
+    """Widths that are multiplied as they are looked up; ternary digits fill bytes, no more."""
     return tuple(w for w in key.widths if w in UNPACKING or ELEMENTS[key.activations][0] == 1)
 
 

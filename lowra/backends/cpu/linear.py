@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.cpu.pieces import backward_by_pieces, forward_by_pieces, values
-from lowra.backends.cpu.product import KINDS, activations_for, check_sizes, prepared, product
+from lowra.backends.cpu.product import (
+    KINDS,
+    Prepared,
+    activations_for,
+    check_sizes,
+    prepared,
+    product,
+)
 from lowra.backends.cpu.tiers import best_tier
 from lowra.backends.reference import linear
 from lowra.compiler.ops import DIRECT, LIBRARY
@@ -29,8 +37,21 @@ def stored_rows(
 
 
 FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}
-"""By a tier's vectors: with more tokens, rows that are multiplied in float32 are unpacked for torch's
-product, which costs less."""
+"""By a tier's vectors: with more tokens, rows that are multiplied in float32 are unpacked for
+torch's product, which costs less."""
+
+SHORT_ROW = 2048
+"""Columns below which, with more than `SOME_TOKENS`, preparing tokens costs more than unpacking."""
+
+SOME_TOKENS = 128
+
+
+def most_tokens(ready: Prepared, k: int) -> int:
+    """With more tokens than these, torch multiplies."""
+    if ready.looked_up:
+        return SOME_TOKENS if k < SHORT_ROW else sys.maxsize
+    return FEW_TOKENS[best_tier().vectors]
+
 
 _unpacked = linear.kernels(stored_rows)
 
@@ -62,8 +83,7 @@ def forward(
     k = packed[5]
     if x.dtype in KINDS and x.shape[-1] == k:
         ready = prepared(packed, activations_for(x.dtype, k))
-        few = x.numel() <= k * FEW_TOKENS[best_tier().vectors]
-        if ready is not None and (few or ready.looked_up):
+        if ready is not None and x.numel() <= k * most_tokens(ready, k):
             return product(x, ready, bias, factors)
         ready = prepared(packed, "float32")
         if ready is not None:

@@ -108,8 +108,6 @@ static void block_tokens(const Weight& w, const Call& c, const Tokens& t, const 
     finish_block<VECTORS, M>(w, c, t, block, token, whole);
 }
 
-static bool expand_of_width(const Weight&, const Panel&, int64_t, uint8_t*);  // emitted below
-
 // Rows first .. end, at most VECTORS * SIDE, side by side; rows past them repeat the last.
 template <int VECTORS>
 static void lay(const Weight& w, const Panels& panels, int64_t first, int64_t end,
@@ -159,11 +157,11 @@ struct Run {
     bool ternary, looked_up;
 };
 
-static int runs_of(const Panels& panels, Run (&runs)[MOST_PANELS]) {
+static int runs_of(const Weight& w, const Panels& panels, Run (&runs)[MOST_PANELS]) {
     int count = 0;
     for (const Panel& panel : panels) {
         const Run run{panel.first, panel.rows, panel.width == TERNARY,
-                      expand_of_width({}, panel, 0, nullptr)};
+                      expand_of_width(w, panel, 0, nullptr)};
         Run* last = count ? runs + count - 1 : nullptr;
         if (last && last->ternary == run.ternary && last->looked_up == run.looked_up)
             last->rows += run.rows;
@@ -177,7 +175,7 @@ static int runs_of(const Panels& panels, Run (&runs)[MOST_PANELS]) {
 static void rows_by_blocks(const Weight& w, const Call& c, const Tokens& t, const Panels& panels) {
     constexpr int64_t MOST_ROWS = BLOCK_VECTORS * SIDE;
     Run runs[MOST_PANELS];
-    const int count = runs_of(panels, runs);
+    const int count = runs_of(w, panels, runs);
     const Inputs arranged{t.inputs, t.lanes * 4, filled_lanes(w.k, ELEMENT)};
     const Inputs natural{reinterpret_cast<const uint8_t*>(t.natural), natural_bytes(w.k),
                          aligned(w.k) / 4};

@@ -23,6 +23,7 @@ static void rows_of(const Weight& w, const Call& c, const Tokens& t, const Panel
 
 static bool rows_of_width(const Weight&, const Call&, const Tokens&, const Panel&, int64_t,
                           int64_t);  // emitted below
+static bool expand_of_width(const Weight&, const Panel&, int64_t, uint8_t*);  // likewise
 
 // Stored rows begin .. end, which may span panels.
 static void stored_rows(const Weight& w, const Call& c, const Tokens& t, const Panels& panels,
@@ -39,21 +40,31 @@ static void stored_rows(const Weight& w, const Call& c, const Tokens& t, const P
     }
 }
 
+static bool all_looked_up(const Weight& w, const Panels& panels) {
+    for (const Panel& panel : panels)
+        if (!expand_of_width(w, panel, 0, nullptr)) return false;
+    return true;
+}
+
 static void rows_by_blocks(const Weight&, const Call&, const Tokens&, const Panels&);  // blocks.h
 
 // Of multiplications: with fewer, waking a second thread costs more than it saves.
-constexpr int64_t ALONE = 2000000;
+constexpr int64_t ALONE = 250000;
 
 // Tokens up to which rows are multiplied as they are looked up.
 constexpr int64_t FEW = 8;
 
-constexpr int64_t SLAB_BYTES = 12 << 20;
+constexpr int64_t SLAB_BYTES = 4 << 20;
 
 // Tokens few enough for the caches.
 static void slab(const Weight& w, const Call& c) {
-    const Places places(w, c);
-    const Tokens tokens = prepare_tokens(w, c, places, scratch<OF_TOKENS>(places.total));
     const Panels panels = panels_of(w);
+    const auto prepared = [&](bool floats) {
+        const Places places(w, c, floats);
+        return prepare_tokens(w, c, places, scratch<OF_TOKENS>(places.total));
+    };
+    Tokens tokens = prepared(!all_looked_up(w, panels));
+    if (tokens.exact && !tokens.rotated) tokens = prepared(true);
 #ifdef LANES16
     if (c.m > FEW && !tokens.exact) return rows_by_blocks(w, c, tokens, panels);
 #endif
@@ -67,7 +78,7 @@ static void slab(const Weight& w, const Call& c) {
 extern "C" void lowra_product(Weight* weight, const Extras* extras, const void* x, void* y,
                               int64_t m, int64_t x_stride, Kind kind, int threads) {
     // So many together as the last cache may hold, and enough of them to pay for looking up.
-    const int64_t room = SLAB_BYTES / (padded(weight->k) * 8);
+    const int64_t room = SLAB_BYTES / (padded(weight->k) * PARTS * ELEMENT);
     const int64_t most = std::min<int64_t>(256, std::max<int64_t>(64, room));
     const int64_t bytes = kind == FLOAT32 ? 4 : 2;
     derive(*weight);

@@ -117,6 +117,12 @@ static void finish_rows(const Weight& w, const Call& c, const Tokens& t, const B
     write_rows(w, c, b, token, values);
 }
 
+// Words from what is read to what is fetched: two blocks of rows, and where rows are short so many
+// bytes as memory delivers while one access to it lasts.
+static inline int64_t ahead(int64_t k, int64_t bits) {
+    return std::max<int64_t>(2 * BLOCK * row_words(k, bits), 1024);
+}
+
 // In the order of memory, whatever the order of reading: the rest of the machine likes that best.
 template <int WORDS, bool NEAR = false>
 static inline INLINE const uint32_t* fetch_ahead(const uint32_t* from) {
@@ -138,9 +144,9 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
         tables[r] = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
     }
     const int64_t stride = t.lanes * 4;
-    const uint32_t* next = codes[0].words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE);
+    const uint32_t* next = codes[0].words[0] + ahead(w.k, Codes::PLANE);
     [[maybe_unused]] const uint32_t* high = next;  // of the plane of 1 bit
-    if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + 2 * BLOCK * row_words(w.k, 1);
+    if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + ahead(w.k, 1);
     const uint8_t* x = t.inputs + token * PARTS * stride;
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, x += 256 * ELEMENT) {
         next = fetch_ahead<BLOCK * 8 * Codes::PLANE, Codes::WIDTH == 1>(next);
@@ -182,7 +188,7 @@ static void expand_row(const Weight& w, const Panel& panel, int64_t row, uint8_t
     Codes codes;
     codes.open(panel, row, w.k);
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, out += 256 * ELEMENT) {
-        fetch_ahead<8 * Codes::PLANE>(codes.words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE));
+        fetch_ahead<8 * Codes::PLANE>(codes.words[0] + ahead(w.k, Codes::PLANE));
         codes.load();
         each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;

@@ -34,7 +34,7 @@ template <int M>
         levels[r] = levels_of_row(w, panel, row);
     }
     const int64_t stride = natural_bytes(w.k);
-    const uint8_t* next = bytes[0] + 2 * BLOCK * 4 * row_words(w.k, TERNARY);
+    const uint8_t* next = bytes[0] + 4 * ahead(w.k, TERNARY);
     const uint8_t* x = reinterpret_cast<const uint8_t*>(t.natural) + token * PARTS * stride;
     for (int64_t k0 = 0; k0 < w.k; k0 += TERNARY_TILE) {
         const int64_t count = tile_bytes(w.k, k0);
