@@ -206,8 +206,8 @@ def product(
 ) -> Tensor:  # fmt: skip
     """y [..., n] of a few tokens x [..., k], bias and adapter included."""
     n, k = ready.weight.n, ready.weight.k
-    shape = x.shape
-    y = torch.empty((*shape[:-1], n), dtype=x.dtype)
+    shape = [*x.shape]
+    y = x.new_empty([*shape[:-1], n])
     m = x.numel() // k
     if not m:
         return y
