@@ -117,9 +117,6 @@ static inline Lanes dot_lanes(Lanes sum, Lanes values, Lanes inputs) {
 static inline void add_dot(Lanes& sum, Lanes values, Lanes inputs) {
     sum = dot_lanes(sum, values, inputs);
 }
-static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
-    return dot_lanes(sum, values, load_lanes(x));
-}
 template <int PARTS>  // high and low activations in one
 static inline Floats as_floats(const Lanes* sums) {
     if constexpr (ELEMENT != 1) return floats_of(sums[0]);

@@ -119,9 +119,6 @@ static inline __attribute__((always_inline)) void add_dot(Lanes& sum, Lanes valu
         asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
     else asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
 }
-static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
-    return dot_lanes(sum, values, _mm512_loadu_si512(x));
-}
 
 template <int PARTS>  // high and low activations in one
 static inline Floats as_floats(const Lanes* sums) {

@@ -69,7 +69,9 @@ static void slab(const Weight& w, const Call& c) {
     if (c.m > FEW && !tokens.exact) return rows_by_blocks(w, c, tokens, panels);
 #endif
     if (c.m * w.n * w.k < ALONE) return stored_rows(w, c, tokens, panels, 0, w.n);
-    parallel_rows(w.n, 32, c.threads, [&](int64_t begin, int64_t end) {
+    // Long pieces, since memory is waited for where one begins, but several for every thread.
+    const int64_t piece = std::min<int64_t>(128, w.n / (8 * c.threads)) / 32 * 32;
+    parallel_rows(w.n, std::max<int64_t>(32, piece), c.threads, [&](int64_t begin, int64_t end) {
         stored_rows(w, c, tokens, panels, begin, end);
     });
 }

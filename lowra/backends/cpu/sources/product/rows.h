@@ -159,7 +159,7 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
                 const Lanes values = look_up(tables[r], codes[r].template at<S>());
                 each_step<INPUTS>([&](auto part) INLINE {
                     constexpr int i = decltype(part)::value;
-                    sums[r][i] = dot(sums[r][i], values, x + i * stride + S * 64);
+                    add_dot(sums[r][i], values, load_lanes(x + i * stride + S * 64));
                 });
             });
         });
@@ -170,7 +170,7 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
             const Lanes values = look_up(tables[r], codes[r].tail(tail, s));
             each_step<INPUTS>([&](auto part) INLINE {
                 constexpr int i = decltype(part)::value;
-                sums[r][i] = dot(sums[r][i], values, x + i * stride);
+                add_dot(sums[r][i], values, load_lanes(x + i * stride));
             });
         });
     each_step<BLOCK * M>([&](auto which) INLINE {

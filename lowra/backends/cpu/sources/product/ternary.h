@@ -52,7 +52,7 @@ template <int M>
                 const Lanes values = leading(digits[r], levels[r]);
                 each_step<INPUTS>([&](auto part) INLINE {
                     constexpr int i = decltype(part)::value;
-                    sums[r][i] = dot(sums[r][i], values, x + i * stride);
+                    add_dot(sums[r][i], values, load_lanes(x + i * stride));
                 });
                 next_digits(digits[r]);
             });
