@@ -37,8 +37,10 @@ def stored_rows(
 
 
 FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}
-"""By a tier's vectors: with more tokens, rows that are multiplied in float32 are unpacked for
-torch's product, which costs less."""
+"""By a tier's vectors: with more tokens, unpacking rows for torch's product costs less."""
+
+ANY_TOKENS = "avx512"
+"""Vectors with which rows are multiplied in bytes or halves as fast as torch multiplies."""
 
 SHORT_ROW = 2048
 """Columns below which, with more than `SOME_TOKENS`, preparing tokens costs more than unpacking."""
@@ -48,9 +50,10 @@ SOME_TOKENS = 128
 
 def most_tokens(ready: Prepared, k: int) -> int:
     """With more tokens than these, torch multiplies."""
-    if ready.looked_up:
+    vectors = best_tier().vectors
+    if ready.looked_up and vectors == ANY_TOKENS:
         return SOME_TOKENS if k < SHORT_ROW else sys.maxsize
-    return FEW_TOKENS[best_tier().vectors]
+    return FEW_TOKENS[vectors]
 
 
 _unpacked = linear.kernels(stored_rows)

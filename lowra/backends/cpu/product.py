@@ -62,7 +62,7 @@ class Prepared:
     name: str
     rotation: Rotation
     looked_up: bool
-    """Whether every row is multiplied in bytes or halves, as fast as torch's product."""
+    """Whether every row is multiplied in bytes or halves."""
     extras: tuple[tuple[Any, ...], int, Any] | None = None
     """Of the last call: what it was given, the address of its structure, what that leads into."""
 
