@@ -113,10 +113,11 @@ def test_rows_of_one_width(width: int) -> None:
             check(Shape(33, k, (width,), seed=k), m, 16, torch.bfloat16, best_tier(), name)
 
 
+@pytest.mark.parametrize("m", [3, 23])
 @pytest.mark.parametrize(("tier", "name"), EVERY_KERNEL, ids=NAMES)
-def test_the_number_of_threads_changes_no_bit(tier: Tier, name: str) -> None:
+def test_the_number_of_threads_changes_no_bit(tier: Tier, name: str, m: int) -> None:
     packed = packed_of(Shape(700, 600, (1, 2, 3, 4, 8, 9), block=8))
-    x, before = torch.randn(3, 600), torch.get_num_threads()
+    x, before = torch.randn(m, 600), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
@@ -127,14 +128,30 @@ def test_the_number_of_threads_changes_no_bit(tier: Tier, name: str) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("widths", [(2,), (1, 2, 3, 4, 9), (4, 8)])
+def test_hundreds_of_tokens_with_long_rows(widths: tuple[int, ...]) -> None:
+    """More than are prepared at a time; rows of one width are neighbours in y, others are not."""
+    packed = packed_of(Shape(71, linear.SHORT_ROW + 60, widths, block=4))
+    ready = product.prepared(packed.op_args(), "int16")
+    assert ready is None or ready.looked_up == (8 not in widths)
+    x = torch.randn(300, packed.k).bfloat16()
+    a, b = torch.randn(5, packed.k).bfloat16() / 40, torch.randn(71, 5).bfloat16()
+    bias = torch.randn(71).bfloat16()
+    y = torch.ops.lowra.quantized_linear_lora(x, *packed.op_args(), bias, a, b, 0.5)
+    want = x.double() @ (packed.dequantize(torch.float64) + 0.5 * b.double() @ a.double()).T
+    assert worst(y, x, packed, want + bias.double()) < TOLERANCE["int16"] + 4e-3
+
+
+@pytest.mark.parametrize("m", [3, 90])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("block", [1, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nan_and_infinity_give_what_the_reference_gives(
-    bad: float, block: int, dtype: torch.dtype
+    bad: float, block: int, dtype: torch.dtype, m: int
 ) -> None:
-    packed = packed_of(Shape(20, 320, (1, 2, 3, 4, 8, 9), block=block))
-    x = torch.randn(3, 320).to(dtype)
+    widths = (1, 2, 3, 4, 8, 9) if m == 3 else (1, 2, 3, 4, 9)
+    packed = packed_of(Shape(20, 320, widths, block=block))
+    x = torch.randn(m, 320).to(dtype)
     x[1, 70] = bad
     got = torch.ops.lowra.quantized_linear(x, *packed.op_args(), None)
     want = linear.linear.kernels(linear.linear.stored_rows)["quantized_linear"](

@@ -45,6 +45,7 @@ CASES = [
     (Shape(40, 321, (1, 9), group=0, seed=6), 19, 0),
     (Shape(19, 224, (4, 3), group=40, seed=7), 4, 3),
     (Shape(1, 1, (2,), seed=8), 1, 1),
+    (Shape(83, 600, (2, 4), block=8, seed=9), 15, 16),
 ]
 
 

@@ -43,6 +43,16 @@ def key_of(tier: Tier, activations: str, widths: set[int], group_scales: bool) -
     return KernelKey(tier, activations, tuple(known) if len(known) == 1 else LOOKED_UP)
 
 
+def looks_up(key: KernelKey, widths: set[int]) -> bool:
+    """Whether the kernel multiplies rows of all these widths in less than float32."""
+    return key.activations != "float32" and widths <= set(_multiplied(key))
+
+
+def _multiplied(key: KernelKey) -> tuple[int, ...]:
+    """Widths that are multiplied as they are looked up; ternary digits fill bytes, no more."""
+    return tuple(w for w in key.widths if w in UNPACKING or ELEMENTS[key.activations][0] == 1)
+
+
 def emit(key: KernelKey) -> str:
     """The whole source of the product kernel of `key`."""
     element, parts = ELEMENTS[key.activations]
@@ -60,7 +70,7 @@ def emit(key: KernelKey) -> str:
         *([_part(f"product/{key.tier.vectors}")] if key.widths else []),
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
-        *(_part(f"product/{name}") for name in ("rows", "product", "values")),
+        *(_part(f"product/{name}") for name in ("rows", "product", "blocks", "values")),
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),
@@ -145,10 +155,12 @@ struct Codes{width} {{
 
 
 def dispatch(key: KernelKey) -> str:
-    """From a panel's width to its code; false where there is none."""
-    # Ternary digits fill bytes, so only bytes are multiplied as they are looked up.
-    multiplied = tuple(w for w in key.widths if w in UNPACKING or ELEMENTS[key.activations][0] == 1)
+    """From a panel's width to its code; false where there is none.
+
+    `expand_of_width` without memory only tells whether there is."""
+    multiplied = _multiplied(key)
     products = _switch(multiplied, "rows_of<Codes{}>(w, c, t, panel, begin, end)")
+    expanded = _switch(multiplied, "if (out) expand_row<Codes{}>(w, panel, row, out)")
     # Only float32 tables hold the values themselves.
     exact = key.widths if key.activations == "float32" else ()
     values = _switch(exact, "values_of<Codes{}>(w, panel, row, part, at)")
@@ -158,17 +170,27 @@ static bool rows_of_width(ANY const Weight& w, ANY const Call& c, ANY const Toke
                           ANY const Panel& panel, ANY int64_t begin, ANY int64_t end) {{
 {products}    return false;
 }}
+[[maybe_unused]] static bool expand_of_width(ANY const Weight& w, ANY const Panel& panel,
+                                             ANY int64_t row, ANY uint8_t* out) {{
+{expanded}    return false;
+}}
 static bool values_of_width(ANY const Weight& w, ANY const Panel& panel, ANY int64_t row,
                             ANY const Part& part, ANY int64_t at) {{
 {values}    return false;
 }}"""
 
 
+TERNARY_CODE = (
+    ("rows_of<Codes9>", "ternary_rows"),
+    ("expand_row<Codes9>", "expand_ternary"),
+    ("values_of<Codes9>", "ternary_values"),
+)
+
+
 def _switch(widths: tuple[int, ...], call: str) -> str:
     if not widths:
         return ""
     cases = "".join(f"        case {w}: {call.format(w)}; return true;\n" for w in widths)
-    cases = cases.replace("rows_of<Codes9>", "ternary_rows").replace(
-        "values_of<Codes9>", "ternary_values"
-    )
+    for looked_up, own in TERNARY_CODE:
+        cases = cases.replace(looked_up, own)
     return f"    switch (panel.width) {{\n{cases}    }}\n"

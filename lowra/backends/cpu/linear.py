@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.cpu.pieces import backward_by_pieces, forward_by_pieces, values
-from lowra.backends.cpu.product import KINDS, activations_for, check_sizes, prepared, product
+from lowra.backends.cpu.product import (
+    KINDS,
+    Prepared,
+    activations_for,
+    check_sizes,
+    prepared,
+    product,
+)
 from lowra.backends.cpu.tiers import best_tier
 from lowra.backends.reference import linear
 from lowra.compiler.ops import DIRECT, LIBRARY
@@ -29,8 +37,24 @@ def stored_rows(
 
 
 FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}
-"""By a tier's vectors: up to here rows are multiplied as they are unpacked; above, unpacking them
-for torch's product costs less."""
+"""By a tier's vectors: with more tokens, unpacking rows for torch's product costs less."""
+
+ANY_TOKENS = "avx512"
+"""Vectors with which rows are multiplied in bytes or halves as fast as torch multiplies."""
+
+SHORT_ROW = 2048
+"""Columns below which, with more than `SOME_TOKENS`, preparing tokens costs more than unpacking."""
+
+SOME_TOKENS = 128
+
+
+def most_tokens(ready: Prepared, k: int) -> int:
+    """With more tokens than these, torch multiplies."""
+    vectors = best_tier().vectors
+    if ready.looked_up and vectors == ANY_TOKENS:
+        return SOME_TOKENS if k < SHORT_ROW else sys.maxsize
+    return FEW_TOKENS[vectors]
+
 
 _unpacked = linear.kernels(stored_rows)
 
@@ -61,10 +85,9 @@ def forward(
     """Both linear ops, by the number of tokens."""
     k = packed[5]
     if x.dtype in KINDS and x.shape[-1] == k:
-        if x.numel() <= k * FEW_TOKENS[best_tier().vectors]:
-            ready = prepared(packed, activations_for(x.dtype, k))
-            if ready is not None:
-                return product(x, ready, bias, factors)
+        ready = prepared(packed, activations_for(x.dtype, k))
+        if ready is not None and x.numel() <= k * most_tokens(ready, k):
+            return product(x, ready, bias, factors)
         ready = prepared(packed, "float32")
         if ready is not None:
             y = forward_by_pieces(x, ready, bias)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowra.backends.cpu.emit import ELEMENTS, LOOKED_UP, KernelKey, emit, key_of
+from lowra.backends.cpu.emit import ELEMENTS, LOOKED_UP, KernelKey, emit, key_of, looks_up
 from lowra.backends.cpu.tiers import Tier, best_tier
 from lowra.backends.cpu.toolchain import built
 from lowra.compiler.packing import levels_of, row_words
@@ -61,6 +61,8 @@ class Prepared:
     kernel: Any
     name: str
     rotation: Rotation
+    looked_up: bool
+    """Whether every row is multiplied in bytes or halves."""
     extras: tuple[tuple[Any, ...], int, Any] | None = None
     """Of the last call: what it was given, the address of its structure, what that leads into."""
 
@@ -130,7 +132,7 @@ def _prepare(
     kept = (codebooks, scales, order, turn, derived)
     return Prepared(
         weight, ctypes.addressof(weight), (*key[:4], list(panels), *key[5:]), weakref.ref(codes),
-        kept, kernel, kernel_key.name, Rotation(seed, block),
+        kept, kernel, kernel_key.name, Rotation(seed, block), looks_up(kernel_key, set(widths)),
     )  # fmt: skip
 
 
@@ -204,8 +206,8 @@ def product(
 ) -> Tensor:  # fmt: skip
     """y [..., n] of a few tokens x [..., k], bias and adapter included."""
     n, k = ready.weight.n, ready.weight.k
-    shape = x.shape
-    y = torch.empty((*shape[:-1], n), dtype=x.dtype)
+    shape = [*x.shape]
+    y = x.new_empty([*shape[:-1], n])
     m = x.numel() // k
     if not m:
         return y

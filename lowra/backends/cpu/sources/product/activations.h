@@ -30,9 +30,13 @@ static void rotate(const Weight& w, float* x) {
 }
 
 // 32-bit lanes that the elements of a token fill, the tail tile padded to 16 lanes.
+static int64_t filled_lanes(int64_t k, int element) {
+    return (padded(k) * element / 4 + 15) / 16 * 16;
+}
+// From token to token: many are read side by side, and must not compete for one place in cache.
 static int64_t token_lanes(int64_t k, int element) {
-    const int64_t tail = padded(k) % TILE * element / 4;
-    return padded(k) / TILE * (TILE / 4) * element + (tail + 15) / 16 * 16;
+    const int64_t lanes = filled_lanes(k, element);
+    return lanes % 512 ? lanes : lanes + 16;
 }
 
 // Lane i of a tile of t columns holds columns i, i + t / parts, ...: those that lie in the bytes,
@@ -48,6 +52,15 @@ static void arrange(const T* x, int64_t k, T* out) {
     }
 }
 
+// Memory of this thread that starts on a cache line; each PURPOSE has its own.
+template <int PURPOSE>
+static char* scratch(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
+    return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+}
+enum { OF_TOKENS, OF_PLAIN_TOKEN, OF_INTEGERS, OF_ROWS, OF_EXACT_ROW };
+
 struct Quantized {
     float scale, sum;  // of the integers
     bool exact;        // no integers can hold these activations
@@ -62,6 +75,36 @@ static float largest(const float* x, int64_t k) {
 // Bytes of a token in the order of columns; loads may reach a ternary tile past the last.
 static int64_t natural_bytes(int64_t k) { return (k + TERNARY_TILE + 127) / 64 * 64; }
 
+// Loops on plain arrays that the compiler turns into vectors. Adding 1.5 * 2^23 rounds to nearest
+// even and leaves the integer in the low bits.
+static int32_t to_integers(const float* x, float inverse, int64_t count, int32_t* __restrict out) {
+    int32_t sum = 0;  // k is small enough (product.py)
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = int32_t(to_bits(x[i] * inverse + 0x1.8p23f) - 0x4b400000u);
+        sum += out[i];
+    }
+    return sum;
+}
+template <bool LOW>  // what is left without the lowest byte, a signed one
+static inline int32_t high_byte(int32_t q) {
+    return LOW ? (q - int8_t(q)) >> 8 : q;
+}
+// Words of the high bytes, and of the low ones, of four integers `lanes` apart.
+template <bool LOW>
+static void join_bytes(const int32_t* q, int64_t lanes, uint32_t* __restrict high,
+                       uint32_t* __restrict low) {
+    const auto join = [](int32_t a, int32_t b, int32_t c, int32_t d) {
+        return (uint32_t(a) & 255) | (uint32_t(b) & 255) << 8 | (uint32_t(c) & 255) << 16 |
+               uint32_t(d) << 24;
+    };
+    const int32_t *b = q + lanes, *c = b + lanes, *d = c + lanes;
+    for (int64_t i = 0; i < lanes; i++) {
+        high[i] = join(high_byte<LOW>(q[i]), high_byte<LOW>(b[i]), high_byte<LOW>(c[i]),
+                       high_byte<LOW>(d[i]));
+        if (LOW) low[i] = join(q[i], b[i], c[i], d[i]);
+    }
+}
+
 // x ~ scale * (256 * high + low), or scale * high where LOW is false, in the order of `arrange`; x
 // holds zeros up to a whole word. The same bytes by columns to `natural` [parts, natural_bytes],
 // unless it is null.
@@ -70,33 +113,17 @@ static Quantized quantize(const float* x, int64_t k, int8_t* high, int8_t* low, 
     const float most = largest(x, k), range = LOW ? 127 * 256 + 127 : 127;
     if (!(most < 1e38f) || (most > 0 && most < 1e-30f)) return {0, 0, true};
     const float inverse = most > 0 ? range / most : 0;
-    // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
-    const auto whole = [&](int64_t i) {
-        return int32_t(to_bits(x[i] * inverse + 0x1.8p23f) - 0x4b400000u);
-    };
-    int32_t sum = 0;  // k is small enough (product.py)
+    int32_t* whole = reinterpret_cast<int32_t*>(scratch<OF_INTEGERS>(padded(k) * 4));
+    const int32_t sum = to_integers(x, inverse, padded(k), whole);
     for (int64_t k0 = 0; k0 < padded(k); k0 += TILE) {
         const int64_t lanes = std::min(TILE, padded(k) - k0) / 4;
-        for (int64_t i = 0; i < lanes; i++) {
-            uint32_t upper = 0, lower = 0;
-            for (int part = 0; part < 4; part++) {
-                const int32_t q = whole(k0 + part * lanes + i);
-                const int32_t rest = LOW ? int8_t(q) : 0;
-                sum += q;
-                upper |= (uint32_t((q - rest) >> (LOW ? 8 : 0)) & 255) << (8 * part);
-                lower |= (uint32_t(rest) & 255) << (8 * part);
-            }
-            std::memcpy(high + k0 + 4 * i, &upper, 4);
-            if (LOW) std::memcpy(low + k0 + 4 * i, &lower, 4);
-        }
+        join_bytes<LOW>(whole + k0, lanes, reinterpret_cast<uint32_t*>(high + k0),
+                        reinterpret_cast<uint32_t*>(LOW ? low + k0 : nullptr));
     }
     if (natural) {
         std::memset(natural, 0, size_t((LOW ? 2 : 1) * natural_bytes(k)));
-        for (int64_t i = 0; i < k; i++) {
-            const int32_t q = whole(i), rest = LOW ? int8_t(q) : 0;
-            natural[i] = int8_t((q - rest) >> (LOW ? 8 : 0));
-            if (LOW) natural[natural_bytes(k) + i] = int8_t(rest);
-        }
+        for (int64_t i = 0; i < k; i++) natural[i] = int8_t(high_byte<LOW>(whole[i]));
+        for (int64_t i = 0; LOW && i < k; i++) natural[natural_bytes(k) + i] = int8_t(whole[i]);
     }
     return {most / range, float(sum), false};
 }

@@ -10,6 +10,7 @@ struct Floats {
     __m256 low, high;
 };
 constexpr int BLOCK = 2;  // rows that share what is loaded of a token
+constexpr int BLOCK_VECTORS = 1, BLOCK_INPUTS = 4;  // of blocks.h: sums fill most registers
 
 static inline const __m256i* as_vector(const void* from) {
     return static_cast<const __m256i*>(from);
@@ -113,8 +114,8 @@ static inline __m256i dot_half(__m256i sum, __m256i values, __m256i inputs) {
 static inline Lanes dot_lanes(Lanes sum, Lanes values, Lanes inputs) {
     return {dot_half(sum.low, values.low, inputs.low), dot_half(sum.high, values.high, inputs.high)};
 }
-static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
-    return dot_lanes(sum, values, load_lanes(x));
+static inline void add_dot(Lanes& sum, Lanes values, Lanes inputs) {
+    sum = dot_lanes(sum, values, inputs);
 }
 template <int PARTS>  // high and low activations in one
 static inline Floats as_floats(const Lanes* sums) {
@@ -131,12 +132,37 @@ static inline Floats scaled(Floats x, float by) {
     return {_mm256_mul_ps(x.low, factor), _mm256_mul_ps(x.high, factor)};
 }
 
-static inline __m128i to_halves(__m256 x, Kind kind) {  // to nearest, ties to even; x is finite
+static inline Floats times(Floats x, const float* by) {
+    return {_mm256_mul_ps(x.low, _mm256_loadu_ps(by)), _mm256_mul_ps(x.high, _mm256_loadu_ps(by + 8))};
+}
+static inline Floats add_scaled(Floats x, const float* values, float by) {
+    const __m256 factor = _mm256_set1_ps(by);
+    return {_mm256_fmadd_ps(_mm256_loadu_ps(values), factor, x.low),
+            _mm256_fmadd_ps(_mm256_loadu_ps(values + 8), factor, x.high)};
+}
+
+static inline Lanes zeros() { return twice(_mm256_setzero_si256()); }
+static inline Lanes everywhere(const void* from) {  // a word in every lane
+    int word;
+    std::memcpy(&word, from, 4);
+    return twice(_mm256_set1_epi32(word));
+}
+// Sixteen rows of 16 words, `stride` bytes apart, to their columns, `out_stride` bytes apart.
+static inline void transpose(const uint8_t* from, int64_t stride, uint8_t* out,
+                             int64_t out_stride) {
+    for (int row = 0; row < 16; row++)
+        for (int word = 0; word < 16; word++)
+            std::memcpy(out + word * out_stride + row * 4, from + row * stride + word * 4, 4);
+}
+
+static inline __m128i to_halves(__m256 x, Kind kind) {  // to nearest, ties to even
     if (kind == FLOAT16) return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 // Lanes times `scale` to columns column .. column + 15 of the row at `at`, those below k.

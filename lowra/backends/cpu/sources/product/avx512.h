@@ -6,6 +6,7 @@
 using Lanes = __m512i;
 using Floats = __m512;
 constexpr int BLOCK = 4;     // rows that share what is loaded of a token
+constexpr int BLOCK_VECTORS = 2, BLOCK_INPUTS = 12;  // of blocks.h: sums fill most registers
 
 static inline Lanes load_lanes(const uint8_t* from) { return _mm512_loadu_si512(from); }
 static inline void store_lanes(uint8_t* to, Lanes x) { _mm512_storeu_si512(to, x); }
@@ -110,8 +111,13 @@ static inline Lanes dot_lanes(Lanes sum, Lanes values, Lanes inputs) {
         return _mm512_castps_si512(_mm512_fmadd_ps(
             _mm512_castsi512_ps(values), _mm512_castsi512_ps(inputs), _mm512_castsi512_ps(sum)));
 }
-static inline Lanes dot(Lanes sum, Lanes values, const uint8_t* x) {
-    return dot_lanes(sum, values, _mm512_loadu_si512(x));
+// The same where sums fill the registers: gcc writes each to memory, turn by turn, unless it is told
+// that a sum stays where it is.
+static inline __attribute__((always_inline)) void add_dot(Lanes& sum, Lanes values, Lanes inputs) {
+    if constexpr (ELEMENT == 1) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
+    else if constexpr (ELEMENT == 2)
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
+    else asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
 }
 
 template <int PARTS>  // high and low activations in one
@@ -123,6 +129,44 @@ static inline Floats as_floats(const Lanes* sums) {
 }
 
 static inline Floats scaled(Floats x, float by) { return _mm512_mul_ps(x, _mm512_set1_ps(by)); }
+static inline Floats times(Floats x, const float* by) {
+    return _mm512_mul_ps(x, _mm512_loadu_ps(by));
+}
+static inline Floats add_scaled(Floats x, const float* values, float by) {
+    return _mm512_fmadd_ps(_mm512_loadu_ps(values), _mm512_set1_ps(by), x);
+}
+
+static inline Lanes zeros() { return _mm512_setzero_si512(); }
+static inline Lanes everywhere(const void* from) {  // a word in every lane
+    int word;
+    std::memcpy(&word, from, 4);
+    return _mm512_set1_epi32(word);
+}
+// Sixteen rows of 16 words, `stride` bytes apart, to their columns, `out_stride` bytes apart.
+static inline void transpose(const uint8_t* from, int64_t stride, uint8_t* out,
+                             int64_t out_stride) {
+    Lanes a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = load_lanes(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {  // a[4 i + j]: words j, j + 4, j + 8, j + 12 of four rows
+        const Lanes even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        const Lanes odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const Lanes even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const Lanes odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        store_lanes(out + j * out_stride, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+        store_lanes(out + (j + 4) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+        store_lanes(out + (j + 8) * out_stride, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+        store_lanes(out + (j + 12) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+    }
+}
 
 // Lanes times `scale` to columns column .. column + 15 of the row at `at`, those below k.
 static inline void store_floats(Floats x, float scale, void* out, int64_t at, int64_t column,
@@ -138,11 +182,14 @@ static inline void store_floats(Floats x, float scale, void* out, int64_t at, in
     __m256i halves;
     if (kind == FLOAT16) {
         halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    } else {  // to nearest, ties to even; values are finite
+    } else {  // to nearest, ties to even
         const Lanes bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
         const Lanes odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
         const Lanes up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-        halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, up), 16));
+        const Lanes rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        halves = _mm512_cvtepi32_epi16(
+            _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
     }
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at + column, mask, halves);
 }

@@ -6,11 +6,6 @@ template <class Codes>
 static void rows_of(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
                     int64_t begin, int64_t end) {
     const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
-    if (c.m > 2 * MOST_TOKENS)
-        return expanded_rows(w, c, t, panel, begin, end, t.inputs, t.lanes * 4, t.lanes * 4,
-                             [&](int64_t row, uint8_t* out) {
-                                 expand_row<Codes>(w, panel, tail, row, out);
-                             });
     for (int64_t row = begin; row < end; row += ROWS) {
         const Batch b = batch_of(w, panel, row, end, ROWS);
         int64_t m = 0;
@@ -28,6 +23,7 @@ static void rows_of(const Weight& w, const Call& c, const Tokens& t, const Panel
 
 static bool rows_of_width(const Weight&, const Call&, const Tokens&, const Panel&, int64_t,
                           int64_t);  // emitted below
+static bool expand_of_width(const Weight&, const Panel&, int64_t, uint8_t*);  // likewise
 
 // Stored rows begin .. end, which may span panels.
 static void stored_rows(const Weight& w, const Call& c, const Tokens& t, const Panels& panels,
@@ -44,16 +40,38 @@ static void stored_rows(const Weight& w, const Call& c, const Tokens& t, const P
     }
 }
 
+static bool all_looked_up(const Weight& w, const Panels& panels) {
+    for (const Panel& panel : panels)
+        if (!expand_of_width(w, panel, 0, nullptr)) return false;
+    return true;
+}
+
+static void rows_by_blocks(const Weight&, const Call&, const Tokens&, const Panels&);  // blocks.h
+
 // Of multiplications: with fewer, waking a second thread costs more than it saves.
-constexpr int64_t ALONE = 2000000;
+constexpr int64_t ALONE = 500000;
+
+// Tokens up to which rows are multiplied as they are looked up.
+constexpr int64_t FEW = 8;
+
+constexpr int64_t SLAB_BYTES = 4 << 20;
 
 // Tokens few enough for the caches.
 static void slab(const Weight& w, const Call& c) {
-    const Places places(w, c);
-    const Tokens tokens = prepare_tokens(w, c, places, scratch<OF_TOKENS>(places.total));
     const Panels panels = panels_of(w);
+    const auto prepared = [&](bool floats) {
+        const Places places(w, c, floats);
+        return prepare_tokens(w, c, places, scratch<OF_TOKENS>(places.total));
+    };
+    Tokens tokens = prepared(!all_looked_up(w, panels));
+    if (tokens.exact && !tokens.rotated) tokens = prepared(true);
+#ifdef LANES16
+    if (c.m > FEW && !tokens.exact) return rows_by_blocks(w, c, tokens, panels);
+#endif
     if (c.m * w.n * w.k < ALONE) return stored_rows(w, c, tokens, panels, 0, w.n);
-    parallel_rows(w.n, 32, c.threads, [&](int64_t begin, int64_t end) {
+    // Long pieces, since memory is waited for where one begins, but several for every thread.
+    const int64_t piece = std::min<int64_t>(128, w.n / (8 * c.threads)) / 32 * 32;
+    parallel_rows(w.n, std::max<int64_t>(32, piece), c.threads, [&](int64_t begin, int64_t end) {
         stored_rows(w, c, tokens, panels, begin, end);
     });
 }
@@ -61,13 +79,15 @@ static void slab(const Weight& w, const Call& c) {
 // x [m, k], rows `x_stride` apart, to y [m, n], both of `kind`.
 extern "C" void lowra_product(Weight* weight, const Extras* extras, const void* x, void* y,
                               int64_t m, int64_t x_stride, Kind kind, int threads) {
-    constexpr int64_t SLAB = 256;
+    // So many together as the last cache may hold, and enough of them to pay for looking up.
+    const int64_t room = SLAB_BYTES / (padded(weight->k) * PARTS * ELEMENT);
+    const int64_t most = std::min<int64_t>(256, std::max<int64_t>(64, room));
     const int64_t bytes = kind == FLOAT32 ? 4 : 2;
     derive(*weight);
-    for (int64_t at = 0; at < m; at += SLAB)
+    for (int64_t at = 0; at < m; at += most)
         slab(*weight, Call{static_cast<const char*>(x) + at * x_stride * bytes,
                            static_cast<char*>(y) + at * weight->n * bytes,
-                           std::min(SLAB, m - at), x_stride, kind, threads, *extras});
+                           std::min(most, m - at), x_stride, kind, threads, *extras});
 }
 
 // x [m, k], rows `stride` apart, to out [m, k] of its kind: rotated or, where `back`, rotated back.

@@ -1,5 +1,5 @@
 // Sixteen stored rows at a time: sums of looked-up values times activations, lane by lane, then
-// one reduction for all, and y. With many tokens, BLOCK rows are looked up into cache first.
+// one reduction for all, and y. Many tokens: blocks.h.
 
 static void finish(const Weight& w, const Call& c, int64_t stored, int64_t token, float value) {
     const int64_t row = w.order[stored];
@@ -24,7 +24,6 @@ static void exact_row(const Weight& w, const Call& c, const Tokens& t, const Pan
 
 #ifdef LANES16
 constexpr int ROWS = 16;
-constexpr int64_t CACHE_BYTES = 512 << 10;  // of activations, in a core's second cache
 
 struct Tail {
     int steps;                       // of 16 lanes in a short tile
@@ -118,6 +117,12 @@ static void finish_rows(const Weight& w, const Call& c, const Tokens& t, const B
     write_rows(w, c, b, token, values);
 }
 
+// Words from what is read to what is fetched: two blocks of rows, and where rows are short so many
+// bytes as memory delivers while one access to it lasts.
+static inline int64_t ahead(int64_t k, int64_t bits) {
+    return std::max<int64_t>(2 * BLOCK * row_words(k, bits), 1024);
+}
+
 // In the order of memory, whatever the order of reading: the rest of the machine likes that best.
 template <int WORDS, bool NEAR = false>
 static inline INLINE const uint32_t* fetch_ahead(const uint32_t* from) {
@@ -139,9 +144,9 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
         tables[r] = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
     }
     const int64_t stride = t.lanes * 4;
-    const uint32_t* next = codes[0].words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE);
+    const uint32_t* next = codes[0].words[0] + ahead(w.k, Codes::PLANE);
     [[maybe_unused]] const uint32_t* high = next;  // of the plane of 1 bit
-    if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + 2 * BLOCK * row_words(w.k, 1);
+    if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + ahead(w.k, 1);
     const uint8_t* x = t.inputs + token * PARTS * stride;
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, x += 256 * ELEMENT) {
         next = fetch_ahead<BLOCK * 8 * Codes::PLANE, Codes::WIDTH == 1>(next);
@@ -154,7 +159,7 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
                 const Lanes values = look_up(tables[r], codes[r].template at<S>());
                 each_step<INPUTS>([&](auto part) INLINE {
                     constexpr int i = decltype(part)::value;
-                    sums[r][i] = dot(sums[r][i], values, x + i * stride + S * 64);
+                    add_dot(sums[r][i], values, load_lanes(x + i * stride + S * 64));
                 });
             });
         });
@@ -165,7 +170,7 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
             const Lanes values = look_up(tables[r], codes[r].tail(tail, s));
             each_step<INPUTS>([&](auto part) INLINE {
                 constexpr int i = decltype(part)::value;
-                sums[r][i] = dot(sums[r][i], values, x + i * stride);
+                add_dot(sums[r][i], values, load_lanes(x + i * stride));
             });
         });
     each_step<BLOCK * M>([&](auto which) INLINE {
@@ -176,14 +181,14 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
 
 // The elements of a stored row, in the order of a token's.
 template <class Codes>
-static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, int64_t row,
-                       uint8_t* out) {
+static void expand_row(const Weight& w, const Panel& panel, int64_t row, uint8_t* out) {
+    const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
     constexpr int TABLE = ELEMENT << Codes::WIDTH;
     const Lanes table = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
     Codes codes;
     codes.open(panel, row, w.k);
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, out += 256 * ELEMENT) {
-        fetch_ahead<8 * Codes::PLANE>(codes.words[0] + 2 * BLOCK * row_words(w.k, Codes::PLANE));
+        fetch_ahead<8 * Codes::PLANE>(codes.words[0] + ahead(w.k, Codes::PLANE));
         codes.load();
         each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
@@ -192,64 +197,6 @@ static void expand_row(const Weight& w, const Panel& panel, const Tail& tail, in
     }
     for (int s = 0; s < tail.steps; s++)
         store_lanes(out + s * 64, look_up(table, codes.tail(tail, s)));
-}
-
-// BLOCK expanded rows with M tokens; x: the first one's. Rows, and parts of x, are `stride` apart,
-// and hold `bytes` that matter.
-template <int M>
-static void expanded_tokens(const Weight& w, const Call& c, const Tokens& t, const Batch& b,
-                            const uint8_t* rows, const uint8_t* x, int64_t stride, int64_t bytes,
-                            int64_t token) {
-    constexpr int INPUTS = M * PARTS;
-    Lanes sums[BLOCK][INPUTS] = {};
-    for (int64_t at = 0; at < bytes; at += 64) {
-        Lanes values[BLOCK];
-        each_step<BLOCK>([&](auto row) INLINE {
-            constexpr int r = decltype(row)::value;
-            values[r] = load_lanes(rows + r * stride + at);
-        });
-        each_step<INPUTS>([&](auto part) INLINE {
-            constexpr int i = decltype(part)::value;
-            const Lanes inputs = load_lanes(x + i * stride + at);
-            each_step<BLOCK>([&](auto row) INLINE {
-                constexpr int r = decltype(row)::value;
-                sums[r][i] = dot_lanes(sums[r][i], values[r], inputs);
-            });
-        });
-    }
-    each_step<M>([&](auto token_of) INLINE {
-        constexpr int m = decltype(token_of)::value;
-        Floats lanes[BLOCK];
-        each_step<BLOCK>([&](auto row) INLINE {
-            constexpr int r = decltype(row)::value;
-            lanes[r] = as_floats<PARTS>(sums[r] + m * PARTS);
-        });
-        finish_rows<BLOCK>(w, c, t, b, lanes, token + m);
-    });
-}
-
-// Rows begin .. end by blocks that expand(row, out) looks up once for all tokens; tokens in
-// groups that stay in cache meanwhile.
-template <class Expand>
-static void expanded_rows(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
-                          int64_t begin, int64_t end, const uint8_t* x, int64_t stride,
-                          int64_t bytes, const Expand& expand) {
-    uint8_t* rows = reinterpret_cast<uint8_t*>(scratch<OF_ROWS>(BLOCK * stride));
-    const int64_t together = std::max<int64_t>(
-        MOST_TOKENS, CACHE_BYTES / (PARTS * stride) / MOST_TOKENS * MOST_TOKENS);
-    for (int64_t first = 0; first < c.m; first += together)
-        for (int64_t row = begin; row < end; row += BLOCK) {
-            const Batch b = batch_of(w, panel, row, end, BLOCK);
-            for (int r = 0; r < BLOCK; r++)
-                expand(row + std::min(r, b.count - 1), rows + r * stride);
-            const int64_t last = std::min(c.m, first + together);
-            int64_t m = first;
-            for (; m + MOST_TOKENS <= last; m += MOST_TOKENS)
-                expanded_tokens<MOST_TOKENS>(w, c, t, b, rows, x + m * PARTS * stride, stride,
-                                             bytes, m);
-            for (; m < last; m++)
-                expanded_tokens<1>(w, c, t, b, rows, x + m * PARTS * stride, stride, bytes, m);
-        }
 }
 
 // Sums of a batch of rows: block(at) fills `out` from row `at` of the batch on.

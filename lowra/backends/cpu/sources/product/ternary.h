@@ -34,7 +34,7 @@ template <int M>
         levels[r] = levels_of_row(w, panel, row);
     }
     const int64_t stride = natural_bytes(w.k);
-    const uint8_t* next = bytes[0] + 2 * BLOCK * 4 * row_words(w.k, TERNARY);
+    const uint8_t* next = bytes[0] + 4 * ahead(w.k, TERNARY);
     const uint8_t* x = reinterpret_cast<const uint8_t*>(t.natural) + token * PARTS * stride;
     for (int64_t k0 = 0; k0 < w.k; k0 += TERNARY_TILE) {
         const int64_t count = tile_bytes(w.k, k0);
@@ -52,7 +52,7 @@ template <int M>
                 const Lanes values = leading(digits[r], levels[r]);
                 each_step<INPUTS>([&](auto part) INLINE {
                     constexpr int i = decltype(part)::value;
-                    sums[r][i] = dot(sums[r][i], values, x + i * stride);
+                    add_dot(sums[r][i], values, load_lanes(x + i * stride));
                 });
                 next_digits(digits[r]);
             });
@@ -79,12 +79,6 @@ template <int M>
 
 [[maybe_unused]] static void ternary_rows(const Weight& w, const Call& c, const Tokens& t,
                                           const Panel& panel, int64_t begin, int64_t end) {
-    if (c.m > MOST_TOKENS)
-        return expanded_rows(w, c, t, panel, begin, end,
-                             reinterpret_cast<const uint8_t*>(t.natural), natural_bytes(w.k),
-                             aligned(w.k), [&](int64_t row, uint8_t* out) {
-                                 expand_ternary(w, panel, row, out);
-                             });
     for (int64_t row = begin; row < end; row += ROWS) {
         const Batch b = batch_of(w, panel, row, end, ROWS);
         int64_t m = 0;

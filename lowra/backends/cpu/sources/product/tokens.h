@@ -1,7 +1,7 @@
 // Tokens prepared for the rows of a weight, once per product.
 
 struct Tokens {
-    const float* rotated;     // [m, padded k], zeros past k
+    const float* rotated;     // [m, padded k], zeros past k; null where no row needs it
     const uint8_t* inputs;    // [m, PARTS, lanes] of 4 bytes
     const int8_t* natural;    // [m, PARTS, natural_bytes] in the order of columns, or null
     const Quantized* numbers; // [m]
@@ -13,22 +13,14 @@ struct Tokens {
 static int64_t hidden_stride(int64_t rank) { return (rank + 15) / 16 * 16; }
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Memory of this thread that starts on a cache line; each PURPOSE has its own.
-template <int PURPOSE>
-static char* scratch(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
-    return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-}
-enum { OF_TOKENS, OF_PLAIN_TOKEN, OF_ROWS, OF_EXACT_ROW };
-
 // Where a weight and the tokens meet, in bytes from the start of the memory of one product.
 struct Places {
     int64_t lanes, rotated, inputs, numbers, natural, hidden, total;
-    Places(const Weight& w, const Call& c) {
+    bool floats;  // whether all tokens are kept in float32
+    Places(const Weight& w, const Call& c, bool floats) : floats(floats) {
         lanes = token_lanes(w.k, ELEMENT);
         rotated = 0;
-        inputs = aligned(c.m * padded(w.k) * 4);
+        inputs = floats ? aligned(c.m * padded(w.k) * 4) : 0;
         numbers = inputs + aligned(c.m * PARTS * lanes * 4 + 64);
         natural = numbers + aligned(c.m * int64_t(sizeof(Quantized)));
         const bool digits = ELEMENT == 1 && has_width(w, TERNARY);
@@ -55,38 +47,38 @@ static Quantized prepare(const Weight& w, const float* rotated, int64_t lanes, i
     return {1, 0, false};
 }
 
-// a . x for a row of `kind` that starts at `at`.
-static float dot_row(const void* a, int64_t at, Kind kind, const float* x, int64_t k) {
+// scaling * (x A') for A [rank, k] of `kind`; zeros where `out` goes on.
+static void shrink(const Extras& more, const float* x, int64_t k, float* out) {
+    std::memset(out, 0, size_t(hidden_stride(more.rank)) * 4);
+    for (int64_t r = 0; r < more.rank; r += 4) {  // four rows share what is loaded of x
+        float sums[4] = {};
 #ifdef LANES16
-    Floats lanes[4] = {};
-    int64_t i = 0;
-    for (; i + 64 <= k; i += 64)
-        for (int j = 0; j < 4; j++)
-            lanes[j] = add_products(lanes[j], a, at + i + 16 * j, kind, x + i + 16 * j, 16);
-    for (int j = 0; i < k; i += 16, j++)
-        lanes[j] = add_products(lanes[j], a, at + i, kind, x + i, k - i);
-    float sums[4];
-    sum_lanes(lanes, sums);
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        Floats lanes[4] = {};
+        for (int64_t i = 0; i < k; i += 16)
+            for (int j = 0; j < 4; j++)
+                lanes[j] = add_products(lanes[j], more.a, std::min(r + j, more.rank - 1) * k + i,
+                                        more.factor_kind, x + i, std::min<int64_t>(16, k - i));
+        sum_lanes(lanes, sums);
 #else
-    float sum = 0;
-    for (int64_t i = 0; i < k; i++) sum += read(a, at + i, kind) * x[i];
-    return sum;
+        for (int64_t j = 0; j < 4 && r + j < more.rank; j++)
+            for (int64_t i = 0; i < k; i++)
+                sums[j] += read(more.a, (r + j) * k + i, more.factor_kind) * x[i];
 #endif
+        for (int64_t j = 0; j < 4 && r + j < more.rank; j++) out[r + j] = more.scaling * sums[j];
+    }
 }
 
 // Token i of a call, into the memory of the product at `base`.
 static void prepare_token(const Weight& w, const Call& c, const Places& places, char* base,
                           int64_t i) {
     const Extras& more = c.more;
-    float* rotated = reinterpret_cast<float*>(base + places.rotated) + i * padded(w.k);
+    float* rotated = places.floats
+                         ? reinterpret_cast<float*>(base + places.rotated) + i * padded(w.k)
+                         : reinterpret_cast<float*>(scratch<OF_PLAIN_TOKEN>(padded(w.k) * 4));
     read_row(c.x, i * c.x_stride, c.kind, w.k, rotated);
     std::memset(rotated + w.k, 0, size_t(padded(w.k) - w.k) * 4);
     float* hidden = reinterpret_cast<float*>(base + places.hidden) + i * hidden_stride(more.rank);
-    for (int64_t r = 0; r < hidden_stride(more.rank); r++)
-        hidden[r] = r < more.rank ? more.scaling * dot_row(more.a, r * w.k, more.factor_kind,
-                                                           rotated, w.k)
-                                  : 0.0f;
+    shrink(more, rotated, w.k, hidden);
     rotate(w, rotated);
     int8_t* natural = nullptr;
     if (places.hidden > places.natural)
@@ -105,7 +97,7 @@ static Tokens prepare_tokens(const Weight& w, const Call& c, const Places& place
     const Quantized* numbers = reinterpret_cast<const Quantized*>(base + places.numbers);
     bool exact = false;
     for (int64_t m = 0; m < c.m; m++) exact |= numbers[m].exact;
-    return {reinterpret_cast<const float*>(base + places.rotated),
+    return {places.floats ? reinterpret_cast<const float*>(base + places.rotated) : nullptr,
             reinterpret_cast<const uint8_t*>(base + places.inputs),
             reinterpret_cast<const int8_t*>(base + places.natural), numbers,
             reinterpret_cast<const float*>(base + places.hidden), places.lanes, c.more.rank, exact};
