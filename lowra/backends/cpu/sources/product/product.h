@@ -49,7 +49,7 @@ static bool all_looked_up(const Weight& w, const Panels& panels) {
 static void rows_by_blocks(const Weight&, const Call&, const Tokens&, const Panels&);  // blocks.h
 
 // Of multiplications: with fewer, waking a second thread costs more than it saves.
-constexpr int64_t ALONE = 500000;
+constexpr int64_t ALONE = 2000000;
 
 // Tokens up to which rows are multiplied as they are looked up.
 constexpr int64_t FEW = 8;
