@@ -52,7 +52,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Shared:
-    """A part that is the rows `name` of a basis; the first columns of them, where they are longer."""
+    """A part that is rows of a basis: of longer rows, the first columns."""
 
     basis: Basis
     name: str

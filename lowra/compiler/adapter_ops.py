@@ -6,7 +6,7 @@
 with f_j as in adapter_pages.py. A token has up to J entries (slot, weight); the arguments after x:
 
     pages     int32 [words]      the pool's memory
-    chunks    int32 [c, 7]       `adapter_pages.CHUNK`, the chunks of this linear, adapter by adapter
+    chunks    int32 [c, 7]       `adapter_pages.CHUNK`, of this linear, adapter by adapter
     bounds    int32 [s + 1]      slot j has the chunks bounds[j] to bounds[j + 1]
     scalings  float32 [s]        s_j
     slots     int32 [m, J]       which adapter; -1 is none

@@ -95,7 +95,7 @@ class _Filling:
         if not rows:
             need = 4 * chunk_words(run.format, 1, run.columns, run.group)
             raise AdapterError(
-                f"one row of {run.columns} values takes {need} bytes, a page holds {4 * self.size}: "
+                f"one row of {run.columns} values takes {need} bytes, a page {4 * self.size}: "
                 f"make the pool with page_bytes={1 << (need - 1).bit_length()} or more"
             )
         self.used.append(0)

@@ -82,7 +82,7 @@ def _rows(
 
 
 def site_of(name: str, n: int, k: int, drawn: Drawn) -> tuple[SiteDelta, Meaning]:
-    """A SiteDelta and what it means. With "shared", A and B are the first columns of longer rows."""
+    """A SiteDelta and its meaning. With "shared", A and B are the first columns of longer rows."""
     generator = torch.Generator().manual_seed(drawn.seed)
     more = 7 if "shared" in drawn.parts else 0
     a, dense_a = _rows(drawn.a, k + more, drawn.group, generator)
