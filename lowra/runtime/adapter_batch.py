@@ -130,7 +130,7 @@ def read_choices(adapters: Choices, on_top: Callable[[str], bool], expand: int =
     def numbers(value: Any, level: int) -> tuple[Any, Any, Any]:
         if level:
             rows = [numbers(inner, level - 1) for inner in value]
-            return tuple(list(column) for column in zip(*rows, strict=True))
+            return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
         rest = most - len(value)
         slots = [names.index(name) for name in value] + [-1] * rest
         return slots, [*value.values(), *[0.0] * rest], _counts(value, on_top)

@@ -245,9 +245,10 @@ class AdapterPool:
             return
         device = self._residents.words.device
         for name, layer in self._layers.items():
-            chunks, bounds, scalings, rescales = self._residents.tables(batch.names, name)
-            tables = (table.to(device) for table in (chunks, bounds, scalings))
-            layer.served = SiteMix(name, batch, self._residents.words, *tables, rescales)
+            *tables, rescales = self._residents.tables(batch.names, name)
+            chunks, bounds, scalings = (table.to(device) for table in tables)
+            words = self._residents.words
+            layer.served = SiteMix(name, batch, words, chunks, bounds, scalings, rescales)
 
     # --- memory -------------------------------------------------------------------------------
 

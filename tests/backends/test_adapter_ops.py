@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lowra.backends.reference  # noqa: F401 - the ops get their meaning
+import lowra.backends.cpu  # noqa: F401 - the ops get their kernels
 from lowra.backends.reference.adapters import apply_adapters as reference
 from lowra.compiler.adapter_delta import Shared, SiteDelta, runs_of
 from lowra.runtime.pool_pages import Memory, lay_out
