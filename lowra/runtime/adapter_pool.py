@@ -101,7 +101,7 @@ class AdapterPool:
         if old is not None and not replace:
             raise AdapterError(f"an adapter {name!r} is registered already: pass replace=True")
         found = source_of(source, check_base)
-        facts = found.facts()
+        facts, seal = found.facts(), found.seal()
         shapes = {key: (layer.n, layer.k) for key, layer in self._layers.items()}
         require_fit(name, facts, shapes, self.model)
         above = stands_on_top(name, facts, self._bases, on_top, check_base)
@@ -111,7 +111,7 @@ class AdapterPool:
                 f"adapter {name!r} takes {facts.size_bytes:,} bytes, the pool has "
                 f"{budget:,}: make it larger, or compress the adapter (lowra.compress_adapter)"
             )
-        entry = _Entry(found, facts.kind, facts.size_bytes, above, facts.seal)
+        entry = _Entry(found, facts.kind, facts.size_bytes, above, seal)
         with self._lock:
             if old is not None:
                 self._drop(name, "replaced")
@@ -284,7 +284,7 @@ class AdapterPool:
 
         Does nothing where it was replaced or removed meanwhile.
         """
-        if entry.source.facts().seal != entry.seal:
+        if entry.source.seal() != entry.seal:
             raise AdapterError(
                 f"adapter {name!r} has changed on disk since it was registered: add it again with "
                 "replace=True"

@@ -19,6 +19,7 @@ from lowra.compiler.adapter_delta import AdapterDelta, SiteDelta, dense_site, pa
 from lowra.compiler.adapter_pages import POST, dense_run
 from lowra.compiler.errors import AdapterError
 from lowra.runtime import packed_adapter_files as packed
+from lowra.runtime import trained_adapter as trained
 from lowra.runtime.adapter_config import require_lora
 from lowra.runtime.adapter_files import (
     BASE_KEY,
@@ -32,6 +33,7 @@ from lowra.runtime.adapter_files import (
     read_config,
 )
 from lowra.runtime.modules import QuantizedLinear
+from lowra.runtime.trained_adapter import load_trained, read_kind
 from lowra.runtime.vera_files import read_vera, require_vera, vera_shapes
 
 Layers = Mapping[str, QuantizedLinear]
@@ -42,18 +44,21 @@ class Facts:
     """What an adapter is, before its values are read.
 
     shapes: (n, k) of each linear by module name, k = 0 where the file does not tell. size_bytes: of
-    its tensors. base: what it was made for, if it says so. seal: another one when it has changed.
+    its tensors. base: what it was made for, if it says so.
     """
 
     kind: str
     shapes: Mapping[str, tuple[int, int]]
     size_bytes: int
     base: Base | None = None
-    seal: str = ""
 
 
 class Source(Protocol):
     def facts(self) -> Facts: ...
+
+    def seal(self) -> str:
+        """Another one when what is on disk has changed; quick."""
+        ...
 
     def load(self, layers: Layers, on_top: bool) -> AdapterDelta:
         """The values. `on_top`: whether a layer's own adapter is part of what lies under it."""
@@ -70,6 +75,9 @@ class InMemory:
         shapes = {name: (site.n, site.k) for name, site in self.delta.sites.items()}
         return Facts(self.delta.kind, shapes, self.delta.own_bytes())
 
+    def seal(self) -> str:
+        return ""
+
     def load(self, layers: Layers, on_top: bool) -> AdapterDelta:
         return self.delta
 
@@ -85,7 +93,10 @@ class PackedFolder:
         shapes = {name: (site["n"], site["k"]) for name, site in manifest["sites"].items()}
         base = Base(**manifest["base"]) if manifest["base"] else None
         size = (self.path / packed.WEIGHTS).stat().st_size
-        return Facts("packed", shapes, size, base, str(manifest["checksum"]))
+        return Facts("packed", shapes, size, base)
+
+    def seal(self) -> str:
+        return _seal(self.path, packed.MANIFEST, packed.WEIGHTS)
 
     def load(self, layers: Layers, on_top: bool) -> AdapterDelta:
         sites = packed.read_packed(self.path).adapter.sites
@@ -110,9 +121,10 @@ class PeftFolder:
             kind, sites = _lora_kind(config), factor_shapes(shapes, source)
         known = MODEL_KEY in header and BASE_KEY in header
         base = Base(header[MODEL_KEY], header[BASE_KEY]) if known else None
-        stat = (self.path / WEIGHTS).stat()
-        seal = f"{stat.st_size} {stat.st_mtime_ns} {sorted(config.items())!r}"
-        return Facts(kind, sites, stat.st_size, base, seal)
+        return Facts(kind, sites, (self.path / WEIGHTS).stat().st_size, base)
+
+    def seal(self) -> str:
+        return _seal(self.path, CONFIG, WEIGHTS)
 
     def load(self, layers: Layers, on_top: bool) -> AdapterDelta:
         if read_config(self.path / CONFIG).get("peft_type") == "VERA":
@@ -124,6 +136,25 @@ class PeftFolder:
                 sites[name], magnitude, found.factors[name], layers[name], on_top
             )
         return AdapterDelta(sites, _lora_kind(found.config))
+
+
+@dataclass(frozen=True)
+class KindFolder:
+    """A folder of LoRA-XS, NOLA or MultiLoRA, as `save_trained` writes it."""
+
+    path: Path
+
+    def facts(self) -> Facts:
+        manifest = read_kind(self.path)
+        shapes = {name: (site["n"], site["k"]) for name, site in manifest["sites"].items()}
+        size = (self.path / trained.WEIGHTS).stat().st_size
+        return Facts(manifest["kind"], shapes, size, Base(**manifest["base"]))
+
+    def seal(self) -> str:
+        return _seal(self.path, trained.MANIFEST, trained.WEIGHTS)
+
+    def load(self, layers: Layers, on_top: bool) -> AdapterDelta:
+        return load_trained(self.path, layers).delta()
 
 
 def source_of(given: Any, check_base: bool = True) -> Source:
@@ -141,6 +172,8 @@ def source_of(given: Any, check_base: bool = True) -> Source:
         )
     if packed.is_packed(Path(given).expanduser()):
         return PackedFolder(Path(given).expanduser())
+    if (Path(given).expanduser() / trained.MANIFEST).is_file():
+        return KindFolder(Path(given).expanduser())
     return PeftFolder(local_folder(given), check_base)
 
 
@@ -161,6 +194,14 @@ def dora_site(
     ratio = magnitude.float() / dense.norm(dim=1).cpu().clamp(min=torch.finfo(torch.float32).tiny)
     parts = {**site.parts, POST: (dense_run(ratio[None]),)}
     return SiteDelta(site.name, site.n, site.k, site.scaling, parts)
+
+
+def _seal(folder: Path, *names: str) -> str:
+    try:
+        stats = [(folder / name).stat() for name in names]
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read any more ({error.strerror})") from error
+    return " ".join(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
 
 def _lora_kind(config: Mapping[str, Any]) -> str:
