@@ -189,4 +189,4 @@ def singular_basis(weights: dict[str, Tensor], rank: int) -> Basis:
 def _values(part: Shared) -> Tensor:
     """float32 rows of a dense part."""
     (run,) = part.runs
-    return run.planes[0].view(torch.float32).clone()
+    return torch.from_numpy(run.planes[0].view("f4").copy())

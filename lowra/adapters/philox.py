@@ -20,8 +20,9 @@ PRNG = "philox4x64-10"
 def uniform(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
     """float32 in [-1, 1), by steps of 2^-23: matrix `index` of `seed`.
 
-    Key (seed, 0), counters (1, 0, 0, index), (2, 0, 0, index) and on, lowest word first. Each 64-bit word gives two numbers, the upper 24
-    bits of its low half and then of its high half, as u / 2^23 - 1.
+    Key (seed, 0), counters (1, 0, 0, index), (2, 0, 0, index) and on, lowest word first. Each
+    64-bit word gives two numbers, the upper 24 bits of its low half and then of its high half, as
+    u / 2^23 - 1.
     """
     count = math.prod(shape)
     bits = np.random.Philox(key=seed, counter=np.array([0, 0, 0, index], dtype=np.uint64))

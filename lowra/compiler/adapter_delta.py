@@ -46,7 +46,7 @@ class Basis:
             for name, runs in sorted(self.parts.items()):
                 digest.update(f"{name} {[(r.format, r.rows, r.columns) for r in runs]}".encode())
                 for run in runs:
-                    digest.update(run.words().numpy().tobytes())
+                    digest.update(run.words().tobytes())
             object.__setattr__(self, "id", digest.hexdigest())
 
 

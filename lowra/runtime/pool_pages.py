@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowra.compiler.adapter_pages import CHUNK, Run, chunk_words
@@ -71,7 +73,7 @@ class _Filling:
     used: list[int] = field(default_factory=list)
     open: list[int] = field(default_factory=list)
     lines: list[tuple[int, ...]] = field(default_factory=list)
-    pieces: list[tuple[int, Tensor]] = field(default_factory=list)
+    pieces: list[tuple[int, NDArray[np.int32]]] = field(default_factory=list)
 
     def put(self, role: int, first: int, run: Run) -> None:
         done = 0
@@ -103,10 +105,10 @@ class _Filling:
         return self.open[-1], rows
 
     def pages(self) -> Tensor:
-        words = torch.zeros(len(self.used) * self.size, dtype=torch.int32)
+        words = np.zeros(len(self.used) * self.size, dtype=np.int32)
         for at, piece in self.pieces:
-            words[at : at + piece.numel()] = piece
-        return words.view(len(self.used), self.size)
+            words[at : at + len(piece)] = piece
+        return torch.from_numpy(words).view(len(self.used), self.size)
 
 
 def fitting(run: Run, most: int, room: int) -> int:
@@ -115,6 +117,8 @@ def fitting(run: Run, most: int, room: int) -> int:
     def words(rows: int) -> int:
         return chunk_words(run.format, rows, run.columns, run.group)
 
+    if words(most) <= room:
+        return most
     rows = min(most, room // max(1, words(2) - words(1)) + 1)
     while rows and words(rows) > room:
         rows -= 1

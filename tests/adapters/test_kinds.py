@@ -22,7 +22,7 @@ def part(site: SiteDelta, role: int) -> Tensor:
     values = []
     for run in runs_of(site.parts[role]):
         line = (role, 0, run.rows, run.format, run.columns, run.group, 0)
-        values.append(read_chunk(run.words(), line))
+        values.append(read_chunk(torch.from_numpy(run.words()), line))
     return torch.cat(values).double()
 
 

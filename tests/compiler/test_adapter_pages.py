@@ -28,7 +28,7 @@ def test_any_part_of_a_packed_factor_reads_back_from_words(
     stop = data.draw(st.integers(start + 1, rows))
     (run,) = packed_runs(packed)
     part = run.part(start, stop)
-    words = part.words()
+    words = torch.from_numpy(part.words())
     assert len(words) == chunk_words(run.format, stop - start, columns, group)
     pages = torch.cat((torch.full((3,), -1, dtype=torch.int32), words))
     line = (A, 0, stop - start, run.format, columns, group, 3)
@@ -40,7 +40,7 @@ def test_any_part_of_a_packed_factor_reads_back_from_words(
 def test_dense_rows_read_back_bit_for_bit(dtype: torch.dtype, columns: int) -> None:
     values = torch.randn(5, columns).to(dtype)
     run = dense_run(values)
-    words = run.words()
+    words = torch.from_numpy(run.words())
     assert len(words) == chunk_words(run.format, 5, columns, -1)
     assert torch.equal(read_chunk(words, (B, 0, 5, run.format, columns, -1, 0)), values.float())
 
