@@ -58,23 +58,29 @@ class AdapterPool:
     `add` registers: the folder's header is read and checked against the model, no tensor. `use`
     brings what a batch names into memory and has the model's layers apply it as it is packed; the
     model's tensors are never touched. `budget_bytes` is allocated at once, in pages of
-    `page_bytes`.
+    `page_bytes`, by default 64 KiB, or more where a dense row of the model would not fit into that.
 
     Raises AdapterError for a model that is not compiled, or whose layers peft has wrapped.
     """
 
-    def __init__(self, model: nn.Module, budget_bytes: int, *, page_bytes: int = 1 << 16) -> None:
+    def __init__(
+        self, model: nn.Module, budget_bytes: int, *, page_bytes: int | None = None
+    ) -> None:
         info = compiled(model)
         if info is None:
             raise AdapterError("this model was not compiled by lowra: compile it first")
         require_unwrapped(model, info)
+        layers = quantized_linears(model)
+        if page_bytes is None:
+            row = 4 * max(max(layer.n, layer.k) for layer in layers.values())
+            page_bytes = max(1 << 16, 1 << (row - 1).bit_length())
         if page_bytes < 64 or page_bytes % 4 or budget_bytes < page_bytes:
             raise AdapterError(
                 f"budget_bytes={budget_bytes}, page_bytes={page_bytes}: a page has 64 bytes or "
                 "more, by fours, and the budget holds one or more pages"
             )
         self.model, self._info = model, info
-        self._layers = quantized_linears(model)
+        self._layers = layers
         device = next(iter(self._layers.values())).codes.device
         self._residents = Residents(budget_bytes // page_bytes, page_bytes // 4, device)
         self._entries: dict[str, _Entry] = {}
