@@ -102,6 +102,8 @@ def dense_run(values: Tensor) -> Run:
     """Dense rows [rows, columns] in float16, bfloat16 or float32."""
     if values.dtype not in _DENSE_IDS:
         raise AdapterError(f"rows of {values.dtype}; pages hold {', '.join(map(str, _DENSE_IDS))}")
+    if not bool(torch.isfinite(values).all()):
+        raise AdapterError(f"rows {list(values.shape)} of an adapter hold NaN or infinity")
     rows, columns = values.shape
     odd = columns * values.element_size() % 4 != 0
     padded = functional.pad(values.detach().cpu(), (0, int(odd))).contiguous()

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lowra.backends.cpu  # noqa: F401 - the ops get their kernels
+from lowra.backends.cpu import toolchain
 from lowra.backends.reference.adapters import apply_adapters as reference
 from lowra.compiler.adapter_delta import Shared, SiteDelta, runs_of
+from lowra.compiler.adapter_pages import CHUNK
+from lowra.compiler.errors import AdapterError
 from lowra.runtime.pool_pages import Memory, lay_out
 from tests.compiler.deltas import FORMATS, Drawn, Meaning, site_of
 
@@ -131,3 +133,39 @@ def test_rows_of_one_linear_may_lie_in_many_pages() -> None:
     got = OPS.apply_adapters(y, x, *tables, slots, torch.ones(3, 1))
     torch.testing.assert_close(got.double(), meaning(y, x), rtol=1e-5, atol=1e-5)
     assert not any(isinstance(part, Shared) for part in site.parts.values())
+
+
+@pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("role", 6), ("rows", 0), ("rows", 5000), ("format", 17), ("format", 35), ("format", 0),
+        ("columns", 20), ("group", 0), ("at", -1), ("at", 400 * 512 - 1), ("first", -1),
+    ],
+)  # fmt: skip
+def test_chunks_that_leave_the_pages_or_do_not_fit_are_refused(column: str, value: int) -> None:
+    """The kernel reads memory by what they say."""
+    site, _ = site_of("s", 40, 300, Drawn())
+    pages, chunks, bounds, scalings = held([None, site], 512)
+    chunks[0, CHUNK.index(column)] = value
+    slots = torch.ones(3, 1, dtype=torch.int32)
+    with pytest.raises(AdapterError, match=r"chunks of slot 1.*linear \[40, 300\]"):
+        OPS.apply_adapters(
+            torch.zeros(3, 40), torch.zeros(3, 300), pages, chunks, bounds, scalings, slots,
+            torch.ones(3, 1),
+        )  # fmt: skip
+
+
+def test_the_same_with_any_number_of_threads() -> None:
+    made = [site_of("s", 96, 160, Drawn(seed=i))[0] for i in range(3)]
+    tables = held(list(made), 512)
+    slots, weights = batch(50, 3, 2, 0)
+    x, y = torch.randn(50, 160), torch.randn(50, 96)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(OPS.apply_adapters(y, x, *tables, slots, weights))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)

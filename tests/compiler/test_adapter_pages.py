@@ -50,6 +50,12 @@ def test_rows_of_another_dtype_are_refused() -> None:
         dense_run(torch.zeros(2, 3, dtype=torch.float64))
 
 
+def test_rows_that_are_not_finite_are_refused() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(AdapterError, match=r"rows \[2, 3\] of an adapter hold NaN or infinity"):
+            dense_run(torch.full((2, 3), value))
+
+
 def test_an_adapter_counts_the_bytes_of_its_rows() -> None:
     sites = [dense_site("a", torch.zeros(2, 4), torch.zeros(6, 2), 1.0)]
     assert AdapterDelta({s.name: s for s in sites}).own_bytes() == 4 * (2 * 4 + 6 * 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from lowra.compiler.errors import AdapterError
 from lowra.runtime.adapter_pool import AdapterPool
 from lowra.runtime.adapter_view import base_of
 from lowra.runtime.compiled import compiled
-from tests.runtime.compiled_models import low_llama
+from lowra.runtime.module_view import quantized_linears
+from tests.runtime.compiled_models import end_to_end, low_llama, output
 from tests.runtime.peft_models import own
 from tests.runtime.served_models import ALL, alone, folder, ids_of, llama, pool_of, run
 
@@ -171,19 +171,6 @@ def test_prefetch_brings_adapters_in_the_background() -> None:
         assert pool.status().loads == 2
 
 
-def test_a_prefetch_that_fails_raises_where_it_is_used(tmp_path: Path) -> None:
-    shutil.copytree(folder("packed-lora"), tmp_path / "a")
-    file = next(tmp_path.glob("a/*.safetensors"))
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    pool = AdapterPool(llama().compiled, 1 << 20)
-    pool.add("a", tmp_path / "a")  # only the header is read, which is sound
-    pool.prefetch("a")
-    with pytest.raises(AdapterError, match="differ from their checksum; the file was damaged"):
-        pool.use("a").__enter__()
-    assert pool.status().used_bytes == 0
-
-
 def test_adapters_that_share_a_basis_hold_it_once() -> None:
     pool = pool_of(llama().compiled, "vera", page_bytes=512)
     pool.add("again", folder("vera"))
@@ -199,71 +186,47 @@ def test_adapters_that_share_a_basis_hold_it_once() -> None:
     assert pool.status().used_bytes == 0
 
 
-def test_mistakes_are_named() -> None:
-    pool = pool_of(llama().compiled, "lora")
-    with pytest.raises(AdapterError, match="no adapter 'lara' is registered; nearest: lora"):
-        pool.use(["lora", "lara"]).__enter__()
-    with pytest.raises(AdapterError, match="registered already: pass replace=True"):
-        pool.add("lora", folder("wide"))
-    with pool.use("lora"):
-        with pytest.raises(AdapterError, match="in use by a batch and cannot be removed"):
-            pool.remove("lora")
-        with pytest.raises(AdapterError, match="in use by a batch and cannot be replaced"):
-            pool.add("lora", folder("wide"), replace=True)
-        with pytest.raises(AdapterError, match="serves a batch already"):
-            pool.use(None).__enter__()
-    with pool.use(["lora", None]), pytest.raises(AdapterError, match=r"inputs \[3, 6, k\].*2 seq"):
-        run(pool.model, ids_of(3))
-    with pytest.raises(AdapterError, match="no name and finite weight"):
-        pool.use({"lora": float("nan")}).__enter__()
-    with pytest.raises(AdapterError, match="no sequence is given"):
-        pool.use([]).__enter__()
-    with pytest.raises(AdapterError, match="unequal numbers of tokens"):
-        pool.use([["lora"], ["lora", None]]).__enter__()
-    with pytest.raises(AdapterError, match="page holds|a page has 64 bytes"):
-        AdapterPool(llama().compiled, 10)
-    with pytest.raises(AdapterError, match="not compiled by lowra"):
-        AdapterPool(llama().dense, 1 << 20)
-    tiny = AdapterPool(llama().compiled, 1 << 20, page_bytes=64)
-    tiny.add("lora", folder("lora"))
-    with pytest.raises(AdapterError, match=r"one row of 96 values takes 384 bytes.*page_bytes=512"):
-        tiny.use("lora").__enter__()
-    with pytest.raises(AdapterError, match="the pool has 1,024: make it larger"):
-        AdapterPool(llama().compiled, 1024, page_bytes=1024).add("a", folder("wide"))
-    assert pool.status().used_bytes and run(pool.model, ids_of(3)).shape[0] == 3
+def in_memory(model: Any, seed: int) -> dict[str, Any]:
+    """Factors of every linear of a model, in float16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).half()
+
+    layers = quantized_linears(model).items()
+    return {name: (normal(3, layer.k), normal(layer.n, 3), 1.0) for name, layer in layers}
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
-    pool = AdapterPool(llama().compiled, 1 << 20)
-    lowra.save_adapter(low_llama().compiled, tmp_path / "other")
-    with pytest.raises(AdapterError, match="made for another (model|compile)"):
-        pool.add("other", tmp_path / "other")
-    lowra.compress_adapter(tmp_path / "other", tmp_path / "packed")
-    with pytest.raises(AdapterError, match="made for another (model|compile)"):
-        pool.add("packed", tmp_path / "packed")
-    pool.add("packed", tmp_path / "packed", check_base=False)
-    with pytest.raises(AdapterError, match="adapts layers.0.up, which is not here; nearest"):
-        factors = (torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
-        pool.add("strange", {"layers.0.up": factors})
-    with pytest.raises(AdapterError, match=r"q_proj \[4, 4\], here it is \[64, 64\]"):
-        pool.add("small", {"model.layers.0.self_attn.q_proj": factors})
-    with pytest.raises(AdapterError, match="without a single linear"):
-        pool.add("empty", {})
-    assert pool.names == ("packed",)
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_t5", "tiny_bert", "plain_mlp"])
+def test_other_models_serve_too(name: str) -> None:
+    """Conv1D, encoder-decoders, encoders and plain modules: mixed equals one by one."""
+    case = end_to_end(name)
+    pool = AdapterPool(case.compiled, 1 << 21)
+    for i in range(2):
+        pool.add(f"{i}", in_memory(case.compiled, i), on_top=bool(i))
+    first = next(iter(case.inputs.values()))
+    choices = ["0", "1"] if len(first) == 2 else ["0"] * len(first)
+    with pool.use(choices):
+        got = output(case.compiled, case.inputs)
+    for i, choice in enumerate(choices):
+        with pool.use(choice):
+            want = output(case.compiled, case.inputs)
+        torch.testing.assert_close(got[i], want[i], **CLOSE)
+    assert not torch.allclose(got, output(case.compiled, case.inputs), **CLOSE)
 
 
-def test_a_folder_that_changes_after_it_was_registered_is_noticed(tmp_path: Path) -> None:
-    shutil.copytree(folder("packed-lora"), tmp_path / "a")
-    pool = AdapterPool(llama().compiled, 1 << 20)
-    pool.add("a", tmp_path / "a")
-    shutil.rmtree(tmp_path / "a")
-    shutil.copytree(folder("packed-wide"), tmp_path / "a")
-    with pytest.raises(AdapterError, match="changed on disk since it was registered"):
-        pool.use("a").__enter__()
-    pool.add("a", tmp_path / "a", replace=True)
-    with pool.use("a"):
-        want = run(alone("packed-wide"), ids_of(1))
-        torch.testing.assert_close(run(pool.model, ids_of(1)), want, **CLOSE)
+def test_beams_of_an_encoder_decoder_take_their_prompts_adapter() -> None:
+    """The encoder sees prompts, the decoder beams."""
+    model: Any = end_to_end("tiny_t5").compiled
+    pool = AdapterPool(model, 1 << 21)
+    for i in range(2):
+        pool.add(f"{i}", in_memory(model, i))
+    ids = ids_of(2)
+    fixed = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "min_new_tokens": 4}
+    got = pool.generate(ids, adapters=["0", "1"], **fixed)
+    for i in range(2):
+        want = pool.generate(ids[i : i + 1], adapters=f"{i}", **fixed)
+        assert torch.equal(got[i], want[0])
 
 
 def test_a_pool_under_random_load_serves_the_right_adapter_and_leaks_nothing() -> None:
