@@ -1,6 +1,6 @@
 """Serving many packed adapters beside one base: memory, swap-in, and a mixed batch.
 
-    python -m benchmarks.adapters COMPILED_MODEL
+    python -m benchmarks.adapters COMPILED_MODEL --name 'SmolLM2-135M at 2 bits'
 
 Random rank-16 adapters of every linear, packed as LoRAQuant 2@0.8 with a scale per vector; a
 thousand are registered (folders that link to four), 64 fit into the pool. Times are CPU time of one
@@ -37,12 +37,14 @@ METHOD = {"bits": 2, "rho": 0.8, "group": -1, "clip": "none"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a folder that lowra.save wrote")
+    parser.add_argument("--name", default="the model", help="what the results call it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = lowra.load(arguments.model).eval()
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), adapters_disabled(model):
         folders = adapter_folders(model, Path(scratch))
-        result = {"rank": RANK, "method": METHOD, **measured(model, folders)}
+        about = {"model": arguments.name, "registered": REGISTERED, "rank": RANK}
+        result = {**about, "method": METHOD, **measured(model, folders)}
     Console().print(result)
     Console().print(f"wrote {write_results('adapters', result)}")
 
