@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.rows import ORIGINAL, missing_by_reason
 from benchmarks.results_file import FOLDER
-from benchmarks.speed.readme import assigning, fitting, speed
+from benchmarks.speed.readme import assigning, fitting, serving, speed
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -23,7 +23,7 @@ def main() -> None:
     text = README.read_text()
     renders = {
         "quality": quality, "demo": demo, "compile": compile_time, "fit": fitting,
-        "assign": assigning, "speed_cpu": speed,
+        "assign": assigning, "speed_cpu": speed, "adapters": serving,
     }  # fmt: skip
     for name, render in renders.items():
         path = FOLDER / f"{name}.json"

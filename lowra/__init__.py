@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from lowra.recipe import Recipe
+    from lowra.runtime.adapter_pool import AdapterPool
     from lowra.runtime.session import Session
     from lowra.runtime.training import prepare_training, trainable
     from lowra.workflows.compress_adapter import compress_adapter, export_adapter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lowra.workflows.planning import Plan
 
 __all__ = [
+    "AdapterPool",
     "LowraError",
     "Plan",
     "Recipe",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdapterPool": "lowra.runtime.adapter_pool",
     "compile": "lowra.api",
     "plan": "lowra.api",
     "save": "lowra.api",

@@ -89,3 +89,15 @@ def test_the_trl_example_reads_records_and_makes_its_own(tmp_path: Path) -> None
     assert example.records(None)[0]["messages"][1]["content"] == "2 plus 2 is 4."
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
     assert example.records(tmp_path / "d.jsonl") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_many_adapters_writes_with_each_in_one_batch(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from tests.runtime.served_models import folder, llama
+
+    example = load_example("many_adapters")
+    folders = [folder("packed-wide"), folder("dora")]
+    texts = example.run(llama().compiled, letters(), folders, "Hello", 6, 4)
+    assert list(texts) == ["packed-wide", "dora", "the base"]
+    assert all(text.replace(" ", "").startswith("Hello") for text in texts.values())
+    assert len(set(texts.values())) == 3

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowra.cli.adapter_compress import compress_adapter, convert_adapter, inspect_adapter
+from lowra.cli.adapter_diff import diff_adapter
 from lowra.cli.calibration_options import CalibrationOption
 from lowra.cli.options import JsonOption, VerboseOption, read_text
 from lowra.cli.sources import load_source, require_tokenizer
@@ -21,16 +22,17 @@ if TYPE_CHECKING:
 NOT_TOLD = 9
 """Exit code of a merge that was measured and not written: AdapterError's."""
 
-adapter_app = typer.Typer(no_args_is_help=True, help="Compress, look at and merge LoRA adapters.")
+adapter_app = typer.Typer(no_args_is_help=True, help="Compress, compare and merge LoRA adapters.")
 
 
 @adapter_app.callback()
 def adapter_root() -> None:
-    """Work on LoRA adapters: compress them, look at them, merge them."""
+    """Work on LoRA adapters: compress, look at, compare and merge them."""
 
 
 adapter_app.command("compress")(compress_adapter)
 adapter_app.command("inspect")(inspect_adapter)
+adapter_app.command("diff")(diff_adapter)
 adapter_app.command("convert")(convert_adapter)
 
 

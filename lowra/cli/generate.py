@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +20,10 @@ def generate_text(
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens; without, take the likeliest.")
     ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="ADAPTER", help="A packed or a PEFT adapter to write with."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what --sample draws.")] = 0,
     dtype: DtypeOption = Dtype.bfloat16,
     as_json: JsonOption = False,
@@ -29,6 +35,7 @@ def generate_text(
     from lowra.compiler.errors import LowraError
     from lowra.compiler.progress import show_progress, stage
     from lowra.workflows import evaluate
+    from lowra.workflows.with_adapter import with_adapter
 
     with show_progress():
         loaded, tokenizer = load_source(model, dtype)
@@ -36,7 +43,11 @@ def generate_text(
         if not evaluate.tokenise(prompt, tokenizer):
             raise LowraError("the prompt has no tokens: give at least one word")
         torch.manual_seed(seed)
-        with stage("generate", None):
+        served = nullcontext() if adapter is None else with_adapter(loaded, adapter.expanduser())
+        with served, stage("generate", None):
             text = evaluate.sample(loaded, tokenizer, prompt, tokens=tokens, greedy=not sample)
-    data = {"model": model, "prompt": prompt, "text": text, "sampled": sample, "seed": seed}
+    data = {
+        "model": model, "adapter": None if adapter is None else str(adapter), "prompt": prompt,
+        "text": text, "sampled": sample, "seed": seed,
+    }  # fmt: skip
     ctx.obj.show(data, lambda console: console.print(prompt + text, soft_wrap=True))

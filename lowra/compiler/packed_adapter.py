@@ -5,6 +5,7 @@ docs/adapter-format.md is the specification; this file and packing.py are its on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,10 +51,15 @@ class Segment:
 
     def sizes(self, length: int, group: int) -> dict[str, int]:
         """Elements of each stored tensor: words, half-precision scales, bytes of zero points."""
-        scales = self.rows * scale_groups(length, group)
-        zeros = -(-scales * int(self.width) // 8) if self.grid == ASYMMETRIC else 0
-        words = self.rows * row_words(length, width_id(self.width))
-        return {"codes": words, "scales": scales, "zeros": zeros}
+        return _sizes(self, length, group)
+
+
+@functools.lru_cache(maxsize=4096)  # an adapter has a thousand segments of a few sizes
+def _sizes(segment: Segment, length: int, group: int) -> dict[str, int]:
+    scales = segment.rows * scale_groups(length, group)
+    zeros = -(-scales * int(segment.width) // 8) if segment.grid == ASYMMETRIC else 0
+    words = segment.rows * row_words(length, width_id(segment.width))
+    return {"codes": words, "scales": scales, "zeros": zeros}
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class PackedFactor:
                     f"{where}: {role} are {tensor.dtype} {list(tensor.shape)}, "
                     f"not {DTYPES[role]} [{count}]"
                 )
-        if not bool(torch.isfinite(self.scales).all()) or bool((self.scales < 0).any()):
+        low, high = torch.aminmax(self.scales)
+        if not (low >= 0 and high < math.inf):  # false for NaN, too
             raise AdapterError(f"{where}: a scale is negative or not finite")
 
     @property

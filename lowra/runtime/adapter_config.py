@@ -146,9 +146,12 @@ def _pattern(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     return patterns
 
 
-def require_lora(config: Mapping[str, Any], source: str, check_base: bool = True) -> None:
+def require_lora(
+    config: Mapping[str, Any], source: str, check_base: bool = True, allowed: tuple[str, ...] = ()
+) -> None:
     """Raise AdapterError for what is no LoRA, more than LoRA, or LoRA on a base that was changed.
 
+    `allowed` are fields of NOT_LORA that the caller can make sense of.
     `bias` needs no word here: a bias that was trained is in the tensors, and refused there.
     """
     kind = config.get("peft_type")
@@ -158,7 +161,7 @@ def require_lora(config: Mapping[str, Any], source: str, check_base: bool = True
             "load it with peft"
         )
     for field, reason in NOT_LORA.items():
-        if config.get(field):
+        if config.get(field) and field not in allowed:
             raise AdapterError(f"{source} sets {field}={config[field]!r}: {reason}")
     start = config.get("init_lora_weights")
     if check_base and isinstance(start, str) and start.lower().startswith(TAKEN_OUT):

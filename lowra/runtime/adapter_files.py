@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MODEL_KEY, BASE_KEY = "lowra.model", "lowra.base"
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<role>lora_[AB])\.weight")
+_MAGNITUDE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -51,13 +52,14 @@ class Base:
 class AdapterFile:
     """A LoRA adapter read from a folder: factors A [r, k], B [n, r] and scaling by module name.
 
-    `base` is None for an adapter that no lowra wrote.
+    `base` is None for an adapter that no lowra wrote. `magnitudes`: DoRA's m [n], else empty.
     """
 
     source: str
     config: Mapping[str, Any]
     factors: Mapping[str, AdapterFactors]
     base: Base | None
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def factor_tensors(factors: Mapping[str, AdapterFactors]) -> dict[str, Tensor]:
@@ -97,27 +99,53 @@ def _with_header(data: bytes, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def read_adapter(source: str | Path, *, check_base: bool = True) -> AdapterFile:
+def read_adapter(source: str | Path, *, check_base: bool = True, dora: bool = False) -> AdapterFile:
     """The LoRA adapter in a folder or on the Hub, checked by itself: no model is looked at.
 
-    Raises AdapterError for anything but plain LoRA with finite factors whose ranks are those of
-    the config.
+    Raises AdapterError for anything but plain LoRA (and DoRA where `dora` allows it) with finite
+    factors whose ranks are those of the config.
     """
-    folder = _local(source)
+    folder = local_folder(source)
     name = str(source)
-    config = _read_config(folder / CONFIG)
-    require_lora(config, name, check_base)
+    config = read_config(folder / CONFIG)
+    require_lora(config, name, check_base, ("use_dora",) if dora else ())
     tensors, base = _read_tensors(folder, name)
+    magnitudes = _take_magnitudes(tensors) if config.get("use_dora") else {}
     pairs = _pairs(tensors, name)
     factors = {
         module: (*_checked(pair, module, config, name), scaling_of(config, module, len(pair[0])))
         for module, pair in pairs.items()
     }
     _require_targets(config, factors, name)
-    return AdapterFile(name, config, factors, base)
+    if config.get("use_dora"):
+        _require_magnitudes(magnitudes, factors, name)
+    return AdapterFile(name, config, factors, base, magnitudes)
 
 
-def _local(source: str | Path) -> Path:
+def _take_magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's magnitudes by module, taken out of the tensors."""
+    found = {key: match["module"] for key in tensors if (match := _MAGNITUDE.fullmatch(key))}
+    return {module: tensors.pop(key) for key, module in found.items()}
+
+
+def _require_magnitudes(
+    magnitudes: Mapping[str, Tensor], factors: Mapping[str, AdapterFactors], source: str
+) -> None:
+    for name in {*magnitudes, *factors}:
+        found, factor = magnitudes.get(name), factors.get(name)
+        if found is None or factor is None or found.shape != (factor[1].shape[0],):
+            raise AdapterError(
+                f"{source}: DoRA's lora_magnitude_vector of {name} does not stand beside factors "
+                "of its size: save the adapter again"
+            )
+        if found.dtype not in _DTYPES or not found.isfinite().all():
+            raise AdapterError(
+                f"{source}: lora_magnitude_vector of {name} is {found.dtype} or holds NaN or "
+                "infinity: take an earlier checkpoint"
+            )
+
+
+def local_folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -137,7 +165,7 @@ def _local(source: str | Path) -> Path:
         ) from error
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise AdapterError(f"{file.parent} holds no {CONFIG}: not an adapter as peft saves it")
     try:
@@ -163,6 +191,27 @@ def _read_tensors(folder: Path, source: str) -> tuple[dict[str, Tensor], Base | 
         raise AdapterError(f"{file} is damaged ({error}); fetch or save it again") from error
     known = MODEL_KEY in header and BASE_KEY in header
     return tensors, Base(header[MODEL_KEY], header[BASE_KEY]) if known else None
+
+
+def factor_shapes(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, tuple[int, int]]:
+    """(n, k) of every module, by the shapes of a file's tensors."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        match = _FACTOR.fullmatch(key)
+        if match is not None:
+            found.setdefault(match["module"], {})[match["role"]] = shape
+        elif not _MAGNITUDE.fullmatch(key):
+            raise AdapterError(
+                f"{source} holds {key}, no LoRA factor of a linear layer: {MERGE_FIRST}"
+            )
+    for module, pair in found.items():
+        a, b = pair.get("lora_A", ()), pair.get("lora_B", ())
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise AdapterError(
+                f"{source}: {module} has A {list(a)} and B {list(b)}, not [r, k] and [n, r]: save "
+                "the adapter again"
+            )
+    return {module: (pair["lora_B"][0], pair["lora_A"][1]) for module, pair in found.items()}
 
 
 def _pairs(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,17 @@ def _refresh(module: nn.Module, _incompatible: Any) -> None:
     module.order = row_order(widths)
 
 
+Factors = tuple[Tensor, Tensor, float]
+
+
+class Served(Protocol):
+    """What a layer computes while a pool serves adapters, in place of its own forward."""
+
+    def __call__(
+        self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None, own: Factors | None
+    ) -> Tensor: ...
+
+
 class QuantizedLinear(QuantizedModule, nn.Linear):
     """A linear layer on a packed weight, with optional correction and LoRA:
     y = W x + C x + bias + scaling B A x.
@@ -188,6 +199,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.in_features, self.out_features = weight.k, weight.n
         self.bias = bias
         self.adapter_enabled = True
+        self.served: Served | None = None
         self.scaling = 0.0
         self.dropout = 0.0
         self.lora_A = self.lora_B = None
@@ -242,11 +254,16 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             factors = (self.lora_A, self.lora_B, self.scaling)
         factors = factors if self.adapter_enabled else None
         bias = self.bias if bias is None else bias
+        if self.served is not None:
+            return self.served(self, x, bias, factors)
         if factors is not None and self.dropout and self.training:
-            y = linear(x, self.packed(), bias, None)
-            y = y + _low_rank(functional.dropout(x, self.dropout), *factors)
-        else:
-            y = linear(x, self.packed(), bias, factors)
+            y = self.product(x, bias, None)
+            return y + low_rank(functional.dropout(x, self.dropout), *factors)
+        return self.product(x, bias, factors)
+
+    def product(self, x: Tensor, bias: Tensor | None, factors: Factors | None) -> Tensor:
+        """W x + C x + bias, and scaling B A x for factors (A, B, scaling)."""
+        y = linear(x, self.packed(), bias, factors)
         return y if "correction_A" not in self._modules else self.corrected(x, y)
 
     def extra_repr(self) -> str:
@@ -256,7 +273,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return f"in_features={self.k}, out_features={self.n}, bits={bits:.3f}, rank={self.rank}"
 
 
-def _low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling (x A') B'"""
     return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scaling
 

@@ -97,7 +97,7 @@ def read_packed(path: str | Path) -> PackedFile:
     Raises AdapterError for a file that is missing, cut short, edited, or of another version.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest["checksums"])
     try:
         adapter = PackedAdapter(_sites(manifest, tensors))
@@ -164,7 +164,8 @@ def _segments(text: str) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, its seal checked; no tensor is read. Raises as `read_packed` does."""
     file = folder / MANIFEST
     if not file.is_file():
         raise AdapterError(f"{folder} holds no {MANIFEST}: not a packed adapter")

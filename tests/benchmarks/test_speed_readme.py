@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.speed.readme import assigning, fitting, speed
+from benchmarks.speed.readme import assigning, fitting, serving, speed
 
 WHERE = {"date": "2026-11-25", "processor": "A CPU", "threads": 2}
 PRODUCTS = [
@@ -49,3 +49,14 @@ def test_the_slowest_and_the_loosest_are_told() -> None:
     assert "1.7 to 2.7 s, proven within 3e-07" in " ".join(assigning(data))
     fits = [{"weights_per_second_per_width": rate} for rate in (78e6, 451e6)]
     assert "78 to 451 million" in " ".join(fitting({"rows": fits, "environment": WHERE} | WHERE))
+
+
+def test_serving_names_sizes_and_times() -> None:
+    data = {
+        "registered": 1000, "rank": 16, "model": "a model", "resident": 64, "file_bytes": 1000000,
+        "bytes_in_pool": 1010000, "swap_in_ms": {"median": 41.7}, "batch": 32, "environment": WHERE,
+        "step_ms": {"no adapter": 10.2, "one adapter": 12.4, "as many as sequences": 15.1},
+    }  # fmt: skip
+    text = " ".join(serving(data))
+    for words in ("1,000 packed", "1.01 MB each (+1.0%", "42 ms", "10 ms", "12 with", "15 with"):
+        assert words in text

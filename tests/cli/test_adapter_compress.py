@@ -36,6 +36,18 @@ def test_tables_for_people(lowra, adapter, tmp_path) -> None:
         assert done.exit_code == 0 and "layers.0.down" in done.stdout
 
 
+def test_text_is_written_with_a_packed_adapter(lowra, checkpoint, dense, tmp_path) -> None:
+    """A checkpoint's folder is one of its own adapter; packed, it still knows its base."""
+    lowra.json("adapter", "compress", checkpoint, tmp_path / "packed", "--bits", 2)
+    run = ("Hi", "--tokens", 3, "--adapter", tmp_path / "packed")
+    said = lowra.json("generate", checkpoint, *run)
+    assert said["adapter"] == str(tmp_path / "packed") and said["text"]
+    done = lowra("generate", dense, *run)
+    assert done.exit_code == 9 and "not compiled" in done.stderr
+    done = lowra("generate", checkpoint, "Hi", "--adapter", tmp_path / "no")
+    assert done.exit_code == 9 and "no adapter at" in done.stderr
+
+
 def test_a_folder_of_adapters_is_compressed_in_one_command(lowra, tmp_path) -> None:
     folder = tmp_path / "many"
     for seed, name in enumerate(("code", "math")):

@@ -1,6 +1,8 @@
 """The plain-torch backend: what every `lowra::` op means, on any device; the oracle."""
 
-from lowra.backends.reference import feedback, linear, lloyd, moments, optimum
-from lowra.compiler import fitting_ops
+from lowra.backends.reference import adapters, feedback, linear, lloyd, moments, optimum
+from lowra.compiler import adapter_ops, fitting_ops
 
-__all__ = ["feedback", "fitting_ops", "linear", "lloyd", "moments", "optimum"]
+__all__ = [
+    "adapter_ops", "adapters", "feedback", "fitting_ops", "linear", "lloyd", "moments", "optimum",
+]  # fmt: skip

@@ -1,0 +1,276 @@
+"""Adapters served from a pool: the right ones, in the right rows, within the pool's bytes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lowra
+from lowra.compiler.errors import AdapterError
+from lowra.runtime.adapter_pool import AdapterPool
+from lowra.runtime.adapter_view import base_of
+from lowra.runtime.compiled import compiled
+from lowra.runtime.module_view import quantized_linears
+from tests.runtime.compiled_models import end_to_end, low_llama, output
+from tests.runtime.peft_models import own
+from tests.runtime.served_models import ALL, alone, folder, ids_of, llama, pool_of, run
+
+CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_one_adapter_for_all_equals_the_model_with_it(kind: str) -> None:
+    pool, ids = pool_of(llama().compiled, kind), ids_of(3)
+    with pool.use(kind):
+        got = run(pool.model, ids)
+    torch.testing.assert_close(got, run(alone(kind), ids), **CLOSE)
+    assert not torch.allclose(got, run(llama().compiled, ids), **CLOSE)
+
+
+def test_a_mixed_batch_equals_each_sequence_alone() -> None:
+    names = [*ALL, None, "dora", "lora"]
+    pool, ids = pool_of(llama().compiled, *ALL), ids_of(len(names))
+    with pool.use(names):
+        got = run(pool.model, ids)
+    for i, name in enumerate(names):
+        want = run(llama().compiled if name is None else alone(name), ids[i : i + 1])
+        torch.testing.assert_close(got[i : i + 1], want, **CLOSE)
+
+
+def test_adapters_by_token_are_those_of_the_tokens() -> None:
+    """Without attention between them: one linear's output, token by token."""
+    pool, ids = pool_of(llama().compiled, "lora", "packed-wide"), ids_of(2, 3)
+    seen: list[torch.Tensor] = []
+    layer = pool.model.get_submodule("model.layers.0.self_attn.q_proj")
+    hook = layer.register_forward_hook(lambda _m, _x, y: seen.append(y))
+    table = [["lora", None, "packed-wide"], [None, "packed-wide", {"lora": 0.5}]]
+    try:
+        with pool.use(table):
+            run(pool.model, ids)
+        for choice in ("lora", "packed-wide", None, {"lora": 0.5}):
+            with pool.use(choice):
+                run(pool.model, ids)
+            where = [
+                (i, t) for i, row in enumerate(table) for t, c in enumerate(row) if c == choice
+            ]
+            for i, t in where:
+                torch.testing.assert_close(seen[0][i, t], seen[-1][i, t], **CLOSE)
+            assert where
+    finally:
+        hook.remove()
+
+
+def test_a_weighted_sum_is_the_sum_of_the_changes() -> None:
+    pool, ids = pool_of(llama().compiled, "lora", "packed-wide"), ids_of(2)
+    name = "model.layers.0.self_attn.q_proj"
+    layer, x = pool.model.get_submodule(name), torch.randn(2, 4, 64)
+    outputs = {}
+    for key, choice in {
+        "none": None, "a": "lora", "b": "packed-wide", "sum": {"lora": 0.5, "packed-wide": -2.0},
+    }.items():  # fmt: skip
+        with pool.use(choice), torch.no_grad():
+            outputs[key] = layer(x)
+    none = outputs["none"]
+    want = none + 0.5 * (outputs["a"] - none) - 2 * (outputs["b"] - none)
+    torch.testing.assert_close(outputs["sum"], want, **CLOSE)
+    assert run(pool.model, ids).shape[0] == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "use_cache": False}])
+def test_generate_serves_each_prompt_its_adapter(options: dict[str, Any]) -> None:
+    names = ["packed-wide", None, "dora", "lora"]
+    pool, ids = pool_of(llama().compiled, *ALL), ids_of(4)
+    fixed = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    got = pool.generate(ids, adapters=names, **fixed, **options)
+    for i, name in enumerate(names):
+        model: Any = llama().compiled if name is None else alone(name)
+        want = model.generate(input_ids=ids[i : i + 1], **fixed, **options)
+        assert torch.equal(got[i], want[0]), name
+
+
+def test_serving_touches_no_tensor_of_the_base() -> None:
+    model = llama().compiled
+    before = {n: (t.data_ptr(), t.clone()) for n, t in model.state_dict().items()}
+    pool, ids = pool_of(model, "lora", "packed-wide"), ids_of(2)
+    bare = run(model, ids)
+    for name in ("lora", "packed-wide", "lora"):
+        with pool.use(name):
+            run(model, ids)
+    pool.add("lora", folder("wide"), replace=True)
+    with pool.use("lora"):
+        torch.testing.assert_close(run(model, ids), run(alone("wide"), ids), **CLOSE)
+    pool.remove("lora")
+    after = {n: (t.data_ptr(), t) for n, t in model.state_dict().items()}
+    assert {n: p for n, (p, _) in before.items()} == {n: p for n, (p, _) in after.items()}
+    assert all(torch.equal(before[n][1], after[n][1]) for n in before)
+    assert torch.equal(run(model, ids), bare)
+
+
+def test_an_adapter_in_place_of_the_models_own_one(tmp_path: Path) -> None:
+    """And one on top of it, and none, in one batch: the fingerprint tells which is which."""
+    model, ids = low_llama().compiled, ids_of(3)
+    changed = own(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    lowra.save_adapter(changed, tmp_path / "instead")
+    pool = AdapterPool(model, 1 << 20)
+    pool.add("instead", tmp_path / "instead")
+    pool.add("above", folder("lora"))
+    with pool.use(["instead", "above", None]):
+        got = run(model, ids)
+    above = lowra.load_adapter(own(model), folder("lora"), on_top=True)
+    for i, alone_ in enumerate((changed, above, model)):
+        torch.testing.assert_close(got[i], run(alone_, ids)[i], **CLOSE)
+    with pytest.raises(AdapterError, match="'above' stands on top.*'instead' in its place"):
+        pool.use({"instead": 1, "above": 1}).__enter__()
+    info = compiled(model)
+    assert info is not None and base_of(model, info) != base_of(model, info, with_adapter=True)
+
+
+def test_the_least_recently_used_leaves_and_the_pinned_stays() -> None:
+    page = 1024
+    sizes = pool_of(llama().compiled, "lora", page_bytes=page)
+    with sizes.use("lora"):
+        pages = sizes.status().used_bytes // page
+    pool = AdapterPool(llama().compiled, 3 * pages * page, page_bytes=page)
+    for name in "abcd":
+        pool.add(name, folder("lora"))
+    pool.pin("a")
+    for name in ("b", "c", "b", "d"):
+        with pool.use(name):
+            pass
+    status = pool.status()
+    assert status.resident == ("a", "b", "d") and status.evictions == 1 and status.loads == 4
+    with pytest.raises(
+        AdapterError, match=r"no room for adapter 'd'.*1 adapters are pinned \('a'\)"
+    ):
+        pool.use(["b", "c", "d"]).__enter__()
+    with pool.use(["a", "b", "c"]):
+        assert set(pool.status().resident) == {"a", "b", "c"}
+    pool.unpin("a")
+    with pool.use(["b", "c", "d"]):
+        assert set(pool.status().resident) == {"b", "c", "d"}
+    for name in "abcd":
+        pool.remove(name)
+    assert pool.status().used_bytes == 0 and len(pool) == 0
+
+
+def test_prefetch_brings_adapters_in_the_background() -> None:
+    pool = pool_of(llama().compiled, "lora", "packed-wide")
+    pool.prefetch("lora", "packed-wide", "lora")
+    with pool.use(["lora", "packed-wide"]):
+        assert pool.status().loads == 2
+    pool.prefetch("lora")
+    with pool.use("lora"):
+        assert pool.status().loads == 2
+
+
+def test_adapters_that_share_a_basis_hold_it_once() -> None:
+    pool = pool_of(llama().compiled, "vera", page_bytes=512)
+    pool.add("again", folder("vera"))
+    with pool.use("vera"):
+        one = pool.status().used_bytes
+    with pool.use(["vera", "again"]):
+        two = pool.status().used_bytes
+    assert two - one == pool.size_bytes("again") < one - pool.size_bytes("vera")
+    pool.remove("vera")
+    with pool.use("again"):
+        assert pool.status().used_bytes == one
+    pool.remove("again")
+    assert pool.status().used_bytes == 0
+
+
+def in_memory(model: Any, seed: int) -> dict[str, Any]:
+    """Factors of every linear of a model, in float16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).half()
+
+    layers = quantized_linears(model).items()
+    return {name: (normal(3, layer.k), normal(layer.n, 3), 1.0) for name, layer in layers}
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_t5", "tiny_bert", "plain_mlp"])
+def test_other_models_serve_too(name: str) -> None:
+    """Conv1D, encoder-decoders, encoders and plain modules: mixed equals one by one."""
+    case = end_to_end(name)
+    pool = AdapterPool(case.compiled, 1 << 21)
+    for i in range(2):
+        pool.add(f"{i}", in_memory(case.compiled, i), on_top=bool(i))
+    first = next(iter(case.inputs.values()))
+    choices = ["0", "1"] if len(first) == 2 else ["0"] * len(first)
+    with pool.use(choices):
+        got = output(case.compiled, case.inputs)
+    for i, choice in enumerate(choices):
+        with pool.use(choice):
+            want = output(case.compiled, case.inputs)
+        torch.testing.assert_close(got[i], want[i], **CLOSE)
+    assert not torch.allclose(got, output(case.compiled, case.inputs), **CLOSE)
+
+
+def test_beams_of_an_encoder_decoder_take_their_prompts_adapter() -> None:
+    """The encoder sees prompts, the decoder beams."""
+    model: Any = end_to_end("tiny_t5").compiled
+    pool = AdapterPool(model, 1 << 21)
+    for i in range(2):
+        pool.add(f"{i}", in_memory(model, i))
+    ids = ids_of(2)
+    fixed = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "min_new_tokens": 4}
+    got = pool.generate(ids, adapters=["0", "1"], **fixed)
+    for i in range(2):
+        want = pool.generate(ids[i : i + 1], adapters=f"{i}", **fixed)
+        assert torch.equal(got[i], want[0])
+
+
+def test_a_pool_under_random_load_serves_the_right_adapter_and_leaks_nothing() -> None:
+    """Names swapped, evicted, prefetched and removed at random, from two threads."""
+    model, ids = llama().compiled, ids_of(1, 3)
+    kinds = ["lora", "rslora", "packed-lora", "packed-wide"]
+    truth = {kind: run(alone(kind), ids) for kind in kinds}
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (1,), generator=generator))
+
+    pool = pool_of(model, pages=12, page_bytes=1024)
+    holds: dict[str, str] = {}
+    stop = threading.Event()
+
+    def prefetch() -> None:
+        while not stop.wait(0.002):
+            for name in list(holds):
+                try:
+                    pool.prefetch(name)
+                except AdapterError:  # removed meanwhile
+                    continue
+
+    other = threading.Thread(target=prefetch)
+    other.start()
+    try:
+        for _ in range(60):
+            name, kind = f"n{draw(5)}", kinds[draw(len(kinds))]
+            if name not in holds or draw(4) == 0:
+                pool.add(name, folder(kind), replace=name in holds)
+                holds[name] = kind
+            elif draw(6) == 0:
+                pool.remove(name)
+                del holds[name]
+                continue
+            with pool.use(name):
+                torch.testing.assert_close(run(model, ids), truth[holds[name]], **CLOSE)
+    finally:
+        stop.set()
+        other.join()
+    assert pool.status().evictions > 0
+    for name in pool.names:
+        with pool.use(name):  # waits for what is on its way
+            pass
+        pool.remove(name)
+    assert pool.status().used_bytes == 0

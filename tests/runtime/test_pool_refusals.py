@@ -1,0 +1,147 @@
+"""What a pool refuses: mistakes, other bases, broken files; nothing is changed by any of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lowra
+from lowra.adapters.factors import LowRank
+from lowra.compiler.errors import AdapterError
+from lowra.runtime.adapter_pool import AdapterPool
+from tests.adapters.adapters import peft_folder
+from tests.runtime.compiled_models import low_llama
+from tests.runtime.served_models import alone, folder, ids_of, llama, pool_of, run
+
+CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
+
+
+def test_a_prefetch_that_fails_raises_where_it_is_used(tmp_path: Path) -> None:
+    shutil.copytree(folder("packed-lora"), tmp_path / "a")
+    file = next(tmp_path.glob("a/*.safetensors"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    pool = AdapterPool(llama().compiled, 1 << 20)
+    pool.add("a", tmp_path / "a")  # only the header is read, which is sound
+    pool.prefetch("a")
+    with pytest.raises(AdapterError, match="differ from their checksum; the file was damaged"):
+        pool.use("a").__enter__()
+    assert pool.status().used_bytes == 0
+
+
+def test_mistakes_are_named() -> None:
+    pool = pool_of(llama().compiled, "lora")
+    with pytest.raises(AdapterError, match="no adapter 'lara' is registered; nearest: lora"):
+        pool.use(["lora", "lara"]).__enter__()
+    with pytest.raises(AdapterError, match="registered already: pass replace=True"):
+        pool.add("lora", folder("wide"))
+    with pool.use("lora"):
+        with pytest.raises(AdapterError, match="in use by a batch and cannot be removed"):
+            pool.remove("lora")
+        with pytest.raises(AdapterError, match="in use by a batch and cannot be replaced"):
+            pool.add("lora", folder("wide"), replace=True)
+        with pytest.raises(AdapterError, match="serves a batch already"):
+            pool.use(None).__enter__()
+    with pool.use(["lora", None]), pytest.raises(AdapterError, match=r"inputs \[3, 6, k\].*2 seq"):
+        run(pool.model, ids_of(3))
+    with pytest.raises(AdapterError, match="no name and finite weight"):
+        pool.use({"lora": float("nan")}).__enter__()
+    with pytest.raises(AdapterError, match="no sequence is given"):
+        pool.use([]).__enter__()
+    with pytest.raises(AdapterError, match="unequal numbers of tokens"):
+        pool.use([["lora"], ["lora", None]]).__enter__()
+    with pytest.raises(AdapterError, match="page holds|a page has 64 bytes"):
+        AdapterPool(llama().compiled, 10)
+    with pytest.raises(AdapterError, match="not compiled by lowra"):
+        AdapterPool(llama().dense, 1 << 20)
+    tiny = AdapterPool(llama().compiled, 1 << 20, page_bytes=64)
+    tiny.add("lora", folder("lora"))
+    with pytest.raises(AdapterError, match=r"one row of 96 values takes 384 bytes.*page_bytes=512"):
+        tiny.use("lora").__enter__()
+    with pytest.raises(AdapterError, match="the pool has 1,024: make it larger"):
+        AdapterPool(llama().compiled, 1024, page_bytes=1024).add("a", folder("wide"))
+    assert pool.status().used_bytes and run(pool.model, ids_of(3)).shape[0] == 3
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    pool = AdapterPool(llama().compiled, 1 << 20)
+    lowra.save_adapter(low_llama().compiled, tmp_path / "other")
+    with pytest.raises(AdapterError, match="made for another (model|compile)"):
+        pool.add("other", tmp_path / "other")
+    lowra.compress_adapter(tmp_path / "other", tmp_path / "packed")
+    with pytest.raises(AdapterError, match="made for another (model|compile)"):
+        pool.add("packed", tmp_path / "packed")
+    pool.add("packed", tmp_path / "packed", check_base=False)
+    with pytest.raises(AdapterError, match="adapts layers.0.up, which is not here; nearest"):
+        factors = (torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
+        pool.add("strange", {"layers.0.up": factors})
+    with pytest.raises(AdapterError, match=r"q_proj \[4, 4\], here it is \[64, 64\]"):
+        pool.add("small", {"model.layers.0.self_attn.q_proj": factors})
+    with pytest.raises(AdapterError, match="without a single linear"):
+        pool.add("empty", {})
+    assert pool.names == ("packed",)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q}.lora_"
+BROKEN: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "a factor is missing": ({f"{KEY}B.weight": None}, r"q_proj has A \[4, 64\] and B \[\]"),
+    "another tensor is there": ({"up.weight": torch.zeros(2)}, "up.weight, no LoRA factor"),
+    "ranks differ": ({f"{KEY}A.weight": torch.zeros(3, 64)}, r"A \[3, 64\] and B \[64, 4\]"),
+    "a value is NaN": ({f"{KEY}A.weight": torch.full((4, 64), float("nan"))}, "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_adapter_is_refused(name: str, tmp_path: Path) -> None:
+    tensors, reason = BROKEN[name]
+    site = LowRank(Q, torch.randn(4, 64), torch.randn(64, 4), 1.0)
+    peft_folder(tmp_path / "a", [site], tensors=tensors)
+    pool = AdapterPool(llama().compiled, 1 << 20)
+    with pytest.raises(AdapterError, match=reason):
+        pool.add("a", tmp_path / "a", pin=True)
+    assert len(pool) == 0 and pool.status().used_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "packed-lora", "vera"])
+def test_files_cut_short_are_refused(kind: str, tmp_path: Path) -> None:
+    shutil.copytree(folder(kind), tmp_path / "a")
+    file = next(tmp_path.glob("a/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    pool = AdapterPool(llama().compiled, 1 << 20)
+    with pytest.raises(AdapterError, match="damaged"):
+        pool.add("a", tmp_path / "a", pin=True)
+    assert len(pool) == 0
+    next(tmp_path.glob("a/*.json")).write_text("{")
+    with pytest.raises(AdapterError, match="cannot (be )?read"):
+        pool.add("a", tmp_path / "a")
+
+
+def test_a_bad_replacement_leaves_the_old_adapter(tmp_path: Path) -> None:
+    tensors = BROKEN["a value is NaN"][0]
+    site = LowRank(Q, torch.randn(4, 64), torch.randn(64, 4), 1.0)
+    peft_folder(tmp_path / "a", [site], tensors=tensors)
+    pool, ids = pool_of(llama().compiled, "lora"), ids_of(1)
+    pool.pin("lora")
+    with pytest.raises(AdapterError, match="holds NaN"):
+        pool.add("lora", tmp_path / "a", replace=True)
+    with pool.use("lora"):
+        torch.testing.assert_close(run(pool.model, ids), run(alone("lora"), ids), **CLOSE)
+
+
+def test_a_folder_that_changes_after_it_was_registered_is_noticed(tmp_path: Path) -> None:
+    shutil.copytree(folder("packed-lora"), tmp_path / "a")
+    pool = AdapterPool(llama().compiled, 1 << 20)
+    pool.add("a", tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    shutil.copytree(folder("packed-wide"), tmp_path / "a")
+    with pytest.raises(AdapterError, match="changed on disk since it was registered"):
+        pool.use("a").__enter__()
+    pool.add("a", tmp_path / "a", replace=True)
+    with pool.use("a"):
+        want = run(alone("packed-wide"), ids_of(1))
+        torch.testing.assert_close(run(pool.model, ids_of(1)), want, **CLOSE)
