@@ -12,15 +12,21 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from lowra.backends.triton.emit import emit
-from lowra.backends.triton.keys import Key
+from lowra.backends.triton.keys import Key, LinearKey
 from lowra.compiler.home import home_folder
 
+log = logging.getLogger("lowra")
+T = TypeVar("T")
 OVERRIDE = "LOWRA_TRITON_OVERRIDE"
 
 
@@ -76,3 +82,28 @@ def _replace(path: Path, source: str) -> Path:
         scratch.write(source)
     Path(scratch.name).replace(path)
     return path
+
+
+def compile_options(key: Key) -> dict[str, Any]:
+    """What Triton is told beside the source."""
+    blocks = key.blocks
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    if isinstance(key, LinearKey) and key.waits:
+        options["launch_pdl"] = True
+    return options
+
+
+def anew_where_broken(compiled: Callable[[], T]) -> T:
+    """What `compiled` returns; if it fails, once more with nothing taken from Triton's cache, in
+    which a file may be broken."""
+    try:
+        return compiled()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        from triton import knobs
+
+        log.info("compiling a kernel anew: %s", error)
+        with knobs.compilation.scope():
+            knobs.compilation.always_compile = True
+            return compiled()

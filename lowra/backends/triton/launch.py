@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowra.backends.triton.build import kernel_of
+from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.emit_inputs import COLUMNS, span_of
 from lowra.backends.triton.keys import Blocks, Key, LinearKey, RotateKey, ShrinkKey, ValuesKey
@@ -18,8 +17,6 @@ from lowra.backends.triton.schedule import linear_blocks, parts_of, processors, 
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight, descriptors
 from lowra.compiler.rotation import Rotation, signs
-
-log = logging.getLogger("lowra")
 
 
 def values(
@@ -124,35 +121,17 @@ def room(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 def run(key: Key, grid: tuple[int, int, int], given: dict[str, Any]) -> None:
     """Launch the kernel of `key`. One that Triton's cache holds broken is compiled anew."""
     kernel = kernel_of(key)
-    options: dict[str, Any] = {"num_warps": key.blocks.warps, "num_stages": key.blocks.stages}
-    if isinstance(key, LinearKey) and key.waits:
-        options["launch_pdl"] = True
-    arguments_ = [given[name] for name in arguments(key)]
-    if key in _ran:
-        kernel[grid](*arguments_, **options)
+    options = compile_options(key)
+    values_ = [given[name] for name in arguments(key)]
+    if key in _ran or not key.target.backend:
+        kernel[grid](*values_, **options)
         return
-    try:
-        kernel[grid](*arguments_, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if not key.target.backend:
-            raise
-        log.info("compiling %s anew: %s", key.name, error)
-        _compiled_anew(kernel, grid, arguments_, options)
+    anew_where_broken(lambda: kernel[grid](*values_, **options))
     _ran.add(key)
 
 
 _ran: set[Key] = set()
 """Keys that have been launched: from then on an error is no fault of a cache."""
-
-
-def _compiled_anew(kernel: Any, grid: Any, given: list[Any], options: dict[str, Any]) -> None:
-    from triton import knobs
-
-    with knobs.compilation.scope():
-        knobs.compilation.always_compile = True
-        kernel[grid](*given, **options)
 
 
 _workspaces: dict[tuple[str, torch.device, int], tuple[Tensor, Tensor]] = {}

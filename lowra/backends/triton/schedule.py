@@ -14,15 +14,20 @@ SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 
 
+MUCH_SHARED = (80, 87, 90, 100, 103)
+"""NVIDIA architectures with 160 KiB of shared memory or more; others have about 100, AMD 64."""
+
+
 def linear_blocks(m: int, n: int, target: Target) -> Blocks:
     """Few tokens: as many rows as registers hold, which costs the fewest instructions per weight,
     or half of them where rows are few. Many tokens: each value that is looked up meets as many."""
+    stages = 2 if target.backend == "hip" else 4
     if m <= 16:
-        return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, 4)
+        return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, stages)
     if m <= 32:
-        return Blocks(64, 32, 4, 4)
-    if m <= 64:
-        return Blocks(64, 64, 4, 3)
+        return Blocks(64, 32, 4, min(3, stages))
+    if m <= 64 or target.arch not in MUCH_SHARED:
+        return Blocks(64, 64, 4, 1 if target.backend == "hip" else 2)
     return Blocks(128, 128, 8, 3)
 
 

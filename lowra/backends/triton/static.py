@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowra.backends.triton.build import kernel_of
+from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.keys import Key, ShrinkKey
 
@@ -50,10 +50,8 @@ def compile_for(key: Key) -> Static:
         },
     )
     target = GPUTarget(key.target.backend, key.target.arch, key.target.warp)
-    options = {"num_warps": key.blocks.warps, "num_stages": key.blocks.stages}
-    if getattr(key, "waits", False):
-        options["launch_pdl"] = True
-    made = triton.compile(source, target=target, options=options)
+    options = compile_options(key)
+    made = anew_where_broken(lambda: triton.compile(source, target=target, options=options))
     return Static(dict(made.asm), made.metadata.shared)
 
 
