@@ -50,8 +50,7 @@ def kernel_of(key: Key) -> Any:
 
 def load(name: str, source: str, interpreted: bool = False) -> Any:
     """The kernel in `source`."""
-    from triton import knobs
-
+    knobs: Any = importlib.import_module("triton.knobs")
     path = written(name, source, home_folder() / "kernels" / "triton")
     spec = importlib.util.spec_from_file_location(f"lowra_kernel_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -101,8 +100,7 @@ def anew_where_broken(compiled: Callable[[], T]) -> T:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        from triton import knobs
-
+        knobs: Any = importlib.import_module("triton.knobs")
         log.info("compiling a kernel anew: %s", error)
         with knobs.compilation.scope():
             knobs.compilation.always_compile = True

@@ -50,24 +50,34 @@ def product(
     if y.numel() == 0:
         return y
     rank = 0 if factors is None else factors[0].shape[1]
-    blocks = linear_blocks(m, weight.n, target)
-    tiles = descriptors(weight.panels, weight.k, weight.key.own, blocks.rows, device)
-    grid = (tiles.shape[0], -(-m // blocks.tokens))
-    parts = parts_of(grid[0] * grid[1], weight.k, blocks, device)
-    key = LinearKey(
-        target, weight.key, NAMES[x.dtype], blocks, padded_rank(rank), bias is not None,
-        parts > 1, waits and target.overlaps and rank > 0,
-    )  # fmt: skip
+    key, grid = product_key(
+        weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, processors(device)
+    )
+    tiles = descriptors(weight.panels, weight.k, weight.key.own, key.blocks.rows, device)
     given = {
         **weight.tensors(), "x": x, "y": y, "tiles": tiles, "bias": bias,
         "m": m, "n": weight.n, "k": weight.k,
     }  # fmt: skip
     if factors is not None:
         given |= {"hidden": factors[0], "lora_b": factors[1], "scaling": factors[2], "rank": rank}
-    if parts > 1:
-        given |= _workspace("product", grid[0] * grid[1], parts, blocks, device)
-    run(key, (*grid, parts), given)
+    if key.split:
+        given |= _workspace("product", grid[0] * grid[1], grid[2], key.blocks, device)
+    run(key, grid, given)
     return y
+
+
+def product_key(
+    weight: Weight, m: int, dtype: str, target: Target, rank: int, bias: bool, waits: bool,
+    processors: int,
+) -> tuple[LinearKey, tuple[int, int, int]]:  # fmt: skip
+    """The kernel of a product with m tokens on a device of `processors`, and its grid."""
+    blocks = linear_blocks(m, weight.n, target)
+    tiles = sum(-(-count // blocks.rows) for count in weight.panels[1::2])
+    token_tiles = -(-m // blocks.tokens)
+    parts = parts_of(tiles * token_tiles, weight.k, blocks, processors)
+    waits = waits and target.overlaps and rank > 0
+    key = LinearKey(target, weight.key, dtype, blocks, padded_rank(rank), bias, parts > 1, waits)
+    return key, (tiles, token_tiles, parts)
 
 
 def padded_rank(rank: int) -> int:

@@ -35,12 +35,12 @@ def values_blocks() -> Blocks:
     return Blocks(32, 0, 4, 1)
 
 
-def parts_of(programs: int, k: int, blocks: Blocks, device: torch.device) -> int:
+def parts_of(programs: int, k: int, blocks: Blocks, processors: int) -> int:
     """Among how many programs the columns of a tile are shared, so that every processor has
     several programs; 1 above 16 tokens, where there are enough or sums would be too large."""
     if blocks.tokens > 16:
         return 1
-    wanted = -(-processors(device) * PROGRAMS_PER_PROCESSOR // programs)
+    wanted = -(-processors * PROGRAMS_PER_PROCESSOR // programs)
     return max(1, min(wanted, k // (256 * SHORTEST_PART)))
 
 

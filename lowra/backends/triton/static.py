@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -35,12 +36,9 @@ class Static:
 def compile_for(key: Key) -> Static:
     """Compile the kernel of `key` for its target; sizes n and k are taken as multiples of 16, as
     Triton takes them where they are."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    triton, backends, compiler = _triton(), _triton(".backends.compiler"), _triton(".compiler")
     names = arguments(key)
-    source = ASTSource(
+    source = compiler.ASTSource(
         fn=kernel_of(key),
         signature={name: _type(name, key) for name in names},
         attrs={
@@ -49,10 +47,15 @@ def compile_for(key: Key) -> Static:
             if _type(name, key).startswith("*") or name in ALIGNED_NUMBERS
         },
     )
-    target = GPUTarget(key.target.backend, key.target.arch, key.target.warp)
+    target = backends.GPUTarget(key.target.backend, key.target.arch, key.target.warp)
     options = compile_options(key)
     made = anew_where_broken(lambda: triton.compile(source, target=target, options=options))
     return Static(dict(made.asm), made.metadata.shared)
+
+
+def _triton(module: str = "") -> Any:
+    # By name: this package is called triton too, and type checkers take it for the other.
+    return importlib.import_module(f"triton{module}")
 
 
 def _type(name: str, key: Key) -> str:
@@ -88,9 +91,7 @@ def machine_code(static: Static) -> Machine:
 
 
 def _tool(name: str, *options: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run(
         [str(path), *options], capture_output=True, text=True, check=True, timeout=120
     ).stdout
