@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 import lowra.backends.cpu
-import lowra.backends.reference  # noqa: F401 - registers the plain-torch kernels
+import lowra.backends.reference
+import lowra.backends.triton  # noqa: F401 - each registers its kernels
 from lowra.compiler.errors import LowraError
 from lowra.version import __version__
 

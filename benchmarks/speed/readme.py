@@ -91,9 +91,10 @@ def assigning(data: Mapping[str, Any]) -> Iterator[str]:
 def serving(data: Mapping[str, Any]) -> Iterator[str]:
     """Many packed adapters beside one base."""
     step, where = data["step_ms"], data["environment"]
+    base = data["model"]
     beside = data["bytes_in_pool"] / data["file_bytes"] - 1
     yield (
-        f"{data['registered']:,} packed adapters of rank {data['rank']} beside {data['model']} in a "
+        f"{data['registered']:,} packed adapters of rank {data['rank']} beside {base} in a "
         f"pool of {data['resident']}: {data['bytes_in_pool'] / 1e6:.2f} MB each ({beside:+.1%} of "
         f"the files), {data['swap_in_ms']['median']:.0f} ms to swap one in. A step of "
         f"{data['batch']} sequences takes {step['no adapter']:.0f} ms without adapters, "

@@ -39,6 +39,15 @@ def inspect_model(
     explain_capture: Annotated[
         bool, typer.Option("--explain-capture", help="Say whether torch.export works, and why not.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Print the GPU kernels of its products as source.")
+    ] = False,
+    target: Annotated[
+        str, typer.Option(metavar="ARCH", help="With --kernels: sm80, sm90, sm100 or gfx942.")
+    ] = "sm90",
+    tokens: Annotated[
+        int, typer.Option(min=1, help="With --kernels: how many tokens are multiplied at once.")
+    ] = 1,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -51,6 +60,8 @@ def inspect_model(
     with show_progress():
         if explain_capture:
             data = {"path": path, "capture": _explain(path)}
+        elif kernels:
+            data = {"path": path, **_kernels(path, target, tokens)}
         elif graph:
             data = {"path": path, "graph": _graph(path)}
         else:
@@ -104,6 +115,16 @@ def _graph(path: str) -> str:
     return print_program(program if info is None else replace(program, sites=info.sites))
 
 
+def _kernels(path: str, target: str, tokens: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from lowra.workflows.kernels import kernels_of
+
+    model, _ = load_source(path)
+    made, declined = kernels_of(model, target, tokens)
+    return {"kernels": [asdict(kernel) for kernel in made], "declined": declined}
+
+
 def _explain(path: str) -> dict[str, Any]:
     from lowra.compiler.capture import capture
 
@@ -121,6 +142,12 @@ def _explain(path: str) -> dict[str, Any]:
 def _render(console: Console, data: Mapping[str, Any]) -> None:
     if "capture" in data and isinstance(data["capture"], Mapping):
         console.print(_explanation(data["capture"]), soft_wrap=True)
+    elif "kernels" in data:
+        for kernel in data["kernels"]:
+            console.print(f"# sites: {', '.join(kernel['sites'])}", soft_wrap=True, markup=False)
+            console.print(kernel["source"], soft_wrap=True, markup=False, highlight=False)
+        for site, why in data["declined"].items():
+            console.print(f"# no kernel for {site}: {why}", soft_wrap=True, markup=False)
     elif "graph" in data:
         console.print(data["graph"], end="", soft_wrap=True)
     else:

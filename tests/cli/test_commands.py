@@ -153,6 +153,16 @@ def test_inspect_prints_the_graph(lowra, checkpoint):
     assert "sites 14, weights 61440" in done.stdout
 
 
+def test_inspect_prints_gpu_kernels(lowra, compiled, checkpoint):
+    data = lowra.json("inspect", checkpoint, "--kernels", "--target", "sm80", "--tokens", "64")
+    sites = [site for kernel in data["kernels"] for site in kernel["sites"]]
+    assert len(sites) == len(set(sites)) == len(lowra.json("inspect", checkpoint)["sites"])
+    assert not data["declined"]
+    for kernel in data["kernels"]:
+        assert kernel["name"].startswith("linear-sm80-") and "@triton.jit" in kernel["source"]
+    assert "# sites: " in lowra("inspect", checkpoint, "--kernels").stdout
+
+
 def test_inspect_explains_capture(lowra, dense, monkeypatch):
     assert "torch.export traces LlamaFor" in lowra("inspect", dense, "--explain-capture").stdout
 

@@ -97,6 +97,10 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(refused, dense, checkp
     refused(2, near, "inspect", checkpoint, "--site", pin)
 
 
+def test_a_gpu_that_is_unknown_names_those_there_are(refused, checkpoint):
+    refused(2, "sm90", "inspect", checkpoint, "--kernels", "--target", "sm9")
+
+
 def test_a_width_that_does_not_exist(refused):
     refused(2, "width 5", "plan", "m", "--bits", 2, "--pin", "*=5")
 

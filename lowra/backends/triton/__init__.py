@@ -1,0 +1,5 @@
+"""The GPU backend: Triton source written per kernel key. Triton is imported on first use."""
+
+from lowra.backends.triton import linear
+
+__all__ = ["linear"]

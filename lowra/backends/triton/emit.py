@@ -1,0 +1,72 @@
+"""A kernel key -> Triton source. Pure: the same key gives the same text, and nothing is run."""
+
+from __future__ import annotations
+
+from lowra.backends.triton.emit_inputs import rotate_body, shrink_body
+from lowra.backends.triton.emit_linear import linear_body, linear_reading
+from lowra.backends.triton.emit_values import values_body
+from lowra.backends.triton.keys import (
+    TERNARY_ID,
+    Key,
+    LinearKey,
+    RotateKey,
+    ShrinkKey,
+    ValuesKey,
+    WeightKey,
+)
+from lowra.backends.triton.tables import look_up_source
+from lowra.backends.triton.tiles import indented
+
+HEADER = "import triton\nimport triton.language as tl\n"
+
+
+def emit(key: Key) -> str:
+    """The source of the kernel of `key`: a Python module that holds one kernel, `kernel`."""
+    parts = [f"# {key.name}\n{HEADER}"]
+    if isinstance(key, LinearKey):
+        reading = linear_reading(key)
+        parts += [
+            look_up_source(panel.width, key.weight.own, key.dtype)
+            for panel in key.weight.panels if reading.permutes(panel.width)
+        ]  # fmt: skip
+    signature = "\n".join(f"    {name}," for name in arguments(key))
+    parts.append(
+        "@triton.jit\ndef kernel(\n" + signature + "\n):\n" + "\n".join(indented(_body(key)))
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _body(key: Key) -> list[str]:
+    match key:
+        case LinearKey():
+            return linear_body(key)
+        case ValuesKey():
+            return values_body(key)
+        case ShrinkKey():
+            return shrink_body(key)
+        case RotateKey():
+            return rotate_body(key)
+
+
+def arguments(key: Key) -> list[str]:
+    """Names of a kernel's arguments: tensors, then numbers."""
+    if isinstance(key, ValuesKey):
+        return [*_packed(key.weight), "out", "n", "k", "first_column", "last_column"]
+    if isinstance(key, RotateKey):
+        return ["x", "signs", "out", "k"]
+    if isinstance(key, ShrinkKey):
+        return ["x", "lora_a", "partial", "counters", "hidden", "m", "k", "rank"]
+    tensors = [
+        *(["bias"] if key.bias else []), *(["hidden", "lora_b"] if key.rank else []),
+        *(["partial", "counters"] if key.split else []),
+    ]  # fmt: skip
+    numbers = ["m", "n", "k", *(["rank", "scaling"] if key.rank else [])]
+    return ["x", *_packed(key.weight), *tensors, "y", *numbers]
+
+
+def _packed(weight: WeightKey) -> list[str]:
+    ternary = [panel.width == TERNARY_ID for panel in weight.panels]
+    return [
+        *([] if all(ternary) else ["codes"]), *(["code_bytes"] if any(ternary) else []), "books",
+        *(["scales"] if weight.group else []), *(["order"] if weight.permuted else []), "tiles",
+    ]  # fmt: skip

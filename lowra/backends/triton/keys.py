@@ -1,0 +1,171 @@
+"""Kernel keys: all that generated source depends on, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowra.backends.triton.targets import Target
+from lowra.compiler.packing import FORMATS, TERNARY_TILE, TILE
+
+DTYPES = ("bfloat16", "float16", "float32")
+TERNARY_ID = 9
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one program of a launch computes, and with what: rows of W, tokens, warps, and stages
+    of loads in flight."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PanelKey:
+    """Rows of one width id. aligned: words that every row begins at a multiple of: 4, 2 or 1."""
+
+    width: int
+    aligned: int
+
+
+@dataclass(frozen=True)
+class WeightKey:
+    """How a packed weight lies in memory.
+
+    own: a codebook per row. group: columns per scale, -1 one per row, 0 none. tail, ternary_tail:
+    the last tile of a row is shorter. permuted: rows are stored in another order than given.
+    """
+
+    panels: tuple[PanelKey, ...]
+    own: bool
+    group: int
+    tail: bool
+    ternary_tail: bool
+    permuted: bool
+
+    @property
+    def text(self) -> str:
+        widths = "".join(
+            f"{p.width}{'' if p.aligned == 4 else 'abc'[p.aligned]}" for p in self.panels
+        )
+        scales = {0: "none", -1: "row"}.get(self.group, str(self.group))
+        flags = [
+            name for name, on in (
+                ("own", self.own), ("tail", self.tail), ("ternarytail", self.ternary_tail),
+                ("permuted", self.permuted),
+            ) if on
+        ]  # fmt: skip
+        return "-".join([f"w{widths}", scales, *flags])
+
+
+@dataclass(frozen=True)
+class LinearKey:
+    """y = x W' + bias + scaling h B'.
+
+    dtype: of x, y and the products. rank: of the factors, rounded up to what a product takes; 0
+    without. split: a few programs share the columns of a tile and the last one adds up. waits: h
+    comes from a kernel that may still be running (programmatic dependent launch).
+    """
+
+    target: Target
+    weight: WeightKey
+    dtype: str
+    blocks: Blocks
+    rank: int = 0
+    bias: bool = False
+    split: bool = False
+    waits: bool = False
+
+    @property
+    def name(self) -> str:
+        b = self.blocks
+        extra = [
+            *([f"r{self.rank}"] if self.rank else []), *(["bias"] if self.bias else []),
+            *(["split"] if self.split else []), *(["waits"] if self.waits else []),
+        ]  # fmt: skip
+        sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
+        return "-".join(["linear", self.target.name, self.dtype, self.weight.text, *extra, sizes])
+
+
+@dataclass(frozen=True)
+class ValuesKey:
+    """The values of W, a tile of columns per program, to a dense matrix of `dtype`."""
+
+    target: Target
+    weight: WeightKey
+    dtype: str
+    blocks: Blocks
+
+    @property
+    def name(self) -> str:
+        b = self.blocks
+        sizes = f"{b.rows}w{b.warps}"
+        return "-".join(["values", self.target.name, self.dtype, self.weight.text, sizes])
+
+
+@dataclass(frozen=True)
+class ShrinkKey:
+    """h = x A' for A of up to `blocks.rows` rows in `factor_dtype`; sums of parts as LinearKey's.
+
+    signals: the kernel behind this one may start before it has ended.
+    """
+
+    target: Target
+    dtype: str
+    factor_dtype: str
+    blocks: Blocks
+    signals: bool = False
+
+    @property
+    def name(self) -> str:
+        b = self.blocks
+        signals = ["signals"] if self.signals else []
+        sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
+        dtypes = [self.dtype, self.factor_dtype]
+        return "-".join(["shrink", self.target.name, *dtypes, *signals, sizes])
+
+
+@dataclass(frozen=True)
+class RotateKey:
+    """x turned by signs, then Hadamard blocks; or `back`, in the other order."""
+
+    target: Target
+    dtype: str
+    block: int
+    back: bool
+    warps: int = 4
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(1, 1, self.warps, 1)
+
+    @property
+    def name(self) -> str:
+        way = "back" if self.back else "rotate"
+        return f"{way}-{self.target.name}-{self.dtype}-{self.block}w{self.warps}"
+
+
+Key = LinearKey | ValuesKey | ShrinkKey | RotateKey
+
+
+def weight_key(panels: list[int], k: int, group: int, own: bool, permuted: bool) -> WeightKey:
+    """The key of a packed weight, from the arguments of every `lowra::` op."""
+    keys, word = [], 0
+    for id, rows in zip(panels[0::2], panels[1::2], strict=True):
+        planes = FORMATS[id].planes
+        aligned = 4
+        for per_row in _plane_words(id, k) if planes else [-(-k // 20)]:
+            while word % aligned or per_row % aligned:
+                aligned //= 2
+            word += rows * per_row
+        keys.append(PanelKey(id, aligned))
+    ids = {panel.width for panel in keys}
+    tail = bool(k % TILE) and bool(ids - {TERNARY_ID})
+    ternary_tail = bool(k % TERNARY_TILE) and TERNARY_ID in ids
+    return WeightKey(tuple(keys), own, max(group, -1), tail, ternary_tail, permuted)
+
+
+def _plane_words(id: int, k: int) -> list[int]:
+    return [-(-k // 32) * bits for bits in FORMATS[id].planes]

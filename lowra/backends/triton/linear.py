@@ -1,0 +1,168 @@
+"""Kernels of the ops that a compressed model runs on, for CUDA and ROCm devices."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowra.backends.reference import linear as reference
+from lowra.backends.triton import launch
+from lowra.backends.triton.targets import Target, cuda_target, hip_target
+from lowra.backends.triton.weight import Weight, declined, weight_of
+from lowra.compiler.ops import DIRECT, LIBRARY
+from lowra.compiler.packing import TERNARY_TILE, TILE
+from lowra.compiler.rotation import Rotation
+
+log = logging.getLogger("lowra")
+SWITCH = "LOWRA_GPU_KERNELS"
+"""These kernels serve where it is "on": none has run on a GPU yet, so nobody gets them unasked."""
+FEW_TOKENS = 16
+"""Up to here a kernel of our own makes h = x A'; above, torch does."""
+COLUMNS = math.lcm(TILE, TERNARY_TILE)
+PIECE_BYTES = 16 << 20
+"""Of an unpacked weight that torch multiplies at a time, in `input_gradient`: it stays in the
+second cache. Not measured."""
+
+_unpacked: dict[str, Callable[..., Tensor]] = reference.kernels(reference.stored_rows)
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target | None:
+    """What kernels for `device` are written for; None, said once, where there are none."""
+    if os.environ.get(SWITCH) != "on":
+        return _explain(f"they have never run on a GPU; {SWITCH}=on tries them")
+    if importlib.util.find_spec("triton") is None:
+        return _explain("Triton is not installed: pip install 'lowra[triton]'")
+    if torch.version.hip:
+        name = str(torch.cuda.get_device_properties(device).gcnArchName)
+        return hip_target(name) or _explain(f"there are none for {name}")
+    major, minor = torch.cuda.get_device_capability(device)
+    need = "compute capability 8.0 or more is needed"
+    return cuda_target(major, minor) or _explain(f"{device} has {major}.{minor}; {need}")
+
+
+@functools.cache
+def _explain(why: str) -> None:
+    """Say once why plain torch serves."""
+    log.warning("running without GPU kernels, several times slower: %s", why)
+
+
+def ready(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None) -> Weight | None:
+    """The weight as kernels take it; None, with the reason said once, where they do not."""
+    if target is None:
+        return None
+    why = declined(packed, dtype)
+    if why is not None:
+        return _explain(why)
+    return weight_of(packed)
+
+
+def forward(
+    x: Tensor, packed: tuple[Any, ...], bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None, target: Target | None = None,
+) -> Tensor:  # fmt: skip
+    """Both linear ops."""
+    target = target or target_of(x.device)
+    weight = ready(packed, x.dtype, target) if x.shape[-1] == packed[5] else None
+    if weight is None or target is None:
+        if factors is None:
+            return _unpacked["quantized_linear"](x, *packed, bias)
+        return _unpacked["quantized_linear_lora"](x, *packed, bias, *factors)
+    rows = x.reshape(-1, weight.k).contiguous()
+    turned = launch.rotated(rows, Rotation(*packed[7:9]), target)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = launch.product(turned, weight, target, bias, *_factors(rows, factors, target))
+    return y.view(*x.shape[:-1], weight.n)
+
+
+def _factors(
+    x: Tensor, factors: tuple[Tensor, Tensor, float] | None, target: Target
+) -> tuple[tuple[Tensor, Tensor, float] | None, bool]:
+    """(h = x A', B, scaling), and whether h may still be in the making."""
+    if factors is None or factors[0].shape[0] == 0 or not x.numel():
+        return None, False
+    a, b, scaling = factors
+    b = b.to(x.dtype).contiguous()
+    few = x.shape[0] <= FEW_TOKENS and a.shape[0] <= 64 and a.dtype in launch.NAMES
+    if few:
+        return (launch.shrink(x, a.contiguous(), target), b, scaling), True
+    return (functional.linear(x, a.to(x.dtype)), b, scaling), False
+
+
+def quantized_linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y = x W' + bias; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    return forward(x, packed, bias, None)
+
+
+def quantized_linear_lora(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, bias: Tensor | None,
+    lora_a: Tensor, lora_b: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    """y = x W' + bias + scaling (x A') B'; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    return forward(x, packed, bias, (lora_a, lora_b, scaling))
+
+
+def dequantize(
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """W [n, k]; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    return unpacked(packed, dtype, target_of(codes.device))
+
+
+def unpacked(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None) -> Tensor:
+    """W [n, k] in `dtype`, rows put back and the input rotation undone in float32."""
+    rotation = Rotation(*packed[7:9])
+    weight = ready(packed, dtype, target)
+    if weight is None or target is None:
+        return _unpacked["dequantize"](*packed, dtype)
+    stored = launch.values(weight, torch.float32 if rotation.active else dtype, target)
+    return launch.rotated(stored, rotation, target, back=True).to(dtype)
+
+
+def input_gradient(
+    grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int,
+) -> Tensor:  # fmt: skip
+    """dL/dx = dL/dy W; see the reference."""
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    return backward(grad, packed, target_of(grad.device))
+
+
+def backward(grad: Tensor, packed: tuple[Any, ...], target: Target | None) -> Tensor:
+    """dL/dx [..., k], a few columns of W at a time: torch multiplies them where they lie in the
+    second cache, and no more than PIECE_BYTES of W are ever unpacked."""
+    weight = ready(packed, grad.dtype, target)
+    if weight is None or target is None:
+        return _unpacked["input_gradient"](grad, *packed)
+    rows = grad.reshape(-1, weight.n)
+    out = launch.room("a gradient", (rows.shape[0], weight.k), grad.dtype, grad.device)
+    fit = PIECE_BYTES // (max(1, weight.n) * grad.dtype.itemsize)
+    step = max(COLUMNS, fit // COLUMNS * COLUMNS)
+    for start in range(0, weight.k, step):
+        columns = slice(start, min(weight.k, start + step))
+        out[:, columns] = rows @ launch.values(weight, grad.dtype, target, columns)
+    turned = launch.rotated(out, Rotation(*packed[7:9]), target, back=True)
+    return turned.view(*grad.shape[:-1], weight.k)
+
+
+_kernels = (quantized_linear, quantized_linear_lora, dequantize, input_gradient)
+DIRECT["cuda"] = forward
+for _kernel in _kernels:
+    torch.library.impl(f"lowra::{_kernel.__name__}", "CUDA", _kernel, lib=LIBRARY)

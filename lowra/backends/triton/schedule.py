@@ -1,0 +1,50 @@
+"""How much of a product one program computes: from counts, untuned, until a GPU has measured."""
+
+from __future__ import annotations
+
+import torch
+
+from lowra.backends.triton.keys import Blocks
+from lowra.backends.triton.targets import Target
+
+PROGRAMS_PER_PROCESSOR = 4
+INTERPRETED_PROCESSORS = 2
+MANY_ROWS = 4096
+SHORTEST_PART = 2
+"""Tiles of 256 columns that a part of a sum has at least."""
+
+
+MUCH_SHARED = (80, 87, 90, 100, 103)
+"""NVIDIA architectures with 160 KiB of shared memory or more; others have about 100, AMD 64."""
+
+
+def linear_blocks(m: int, n: int, target: Target) -> Blocks:
+    """Few tokens: as many rows as registers hold, which costs the fewest instructions per weight,
+    or half of them where rows are few. Many tokens: each value that is looked up meets as many."""
+    stages = 2 if target.backend == "hip" else 4
+    if m <= 16:
+        return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, stages)
+    if m <= 32:
+        return Blocks(64, 32, 4, min(3, stages))
+    if m <= 64 or target.arch not in MUCH_SHARED:
+        return Blocks(64, 64, 4, 1 if target.backend == "hip" else 2)
+    return Blocks(128, 128, 8, 3)
+
+
+def values_blocks() -> Blocks:
+    return Blocks(32, 0, 4, 1)
+
+
+def parts_of(programs: int, k: int, blocks: Blocks, processors: int) -> int:
+    """Among how many programs the columns of a tile are shared, so that every processor has
+    several programs; 1 above 16 tokens, where there are enough or sums would be too large."""
+    if blocks.tokens > 16:
+        return 1
+    wanted = -(-processors * PROGRAMS_PER_PROCESSOR // programs)
+    return max(1, min(wanted, k // (256 * SHORTEST_PART)))
+
+
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,70 @@
+"""Text of what kernels begin with: where a tile of rows lies, and its codebook in registers."""
+
+from __future__ import annotations
+
+from lowra.backends.triton.lookups import TABLE_WORDS, look_up
+from lowra.compiler.packing import levels_of
+
+DESCRIPTOR = ("width", "stored", "rows", "plane0", "plane1", "table")
+"""Of a tile of rows, int32: width id; first stored row; rows; words before its first row in each
+plane; codebook values before its table, or before that of its first row."""
+DESCRIPTOR_SIZE = 8
+
+
+def descriptor_lines() -> list[str]:
+    lines = [f"tile = tiles + tl.program_id(0) * {DESCRIPTOR_SIZE}"]
+    return lines + [f"{name} = tl.load(tile + {i})" for i, name in enumerate(DESCRIPTOR)]
+
+
+def look_up_source(width: int, own: bool, dtype: str) -> str:
+    """A device function that turns words into the values of their fields."""
+    block = look_up(width, own)
+    given = ", ".join([*(f"t{i}" for i in range(block.tables)), *["w", "h"][: block.words]])
+    name = block.name.upper()
+    return f"""\
+{name} = tl.constexpr({_quoted(block.text)})
+{name}_OPERANDS = tl.constexpr("{block.constraints}")
+
+
+@triton.jit
+def {block.name}({given}):
+    return tl.inline_asm_elementwise(
+        {name}, {name}_OPERANDS, [{given}],
+        dtype=(tl.{dtype},) * {block.fields}, is_pure=True, pack={block.pack},
+    )
+"""
+
+
+def _quoted(text: str) -> str:
+    return f'"""\n{text}\n"""'
+
+
+def table_lines(width: int, own: bool, dtype: str) -> list[str]:
+    """The codebook as halves, then as the words t0, t1, ... that `look_up` wants."""
+    levels = levels_of(width)
+    base = f"books + table + rw * {levels}" if own else "books + table"
+    lines = [f"at = {base}"]
+    for i in range(levels):
+        value = f"tl.load(at + {i}).to(tl.float32).to(tl.{dtype})"
+        lines.append(f"c{i} = {value}.to(tl.uint16, bitcast=True).to(tl.uint32)")
+    words = _WORDS[width]
+    for i, word in enumerate(words):
+        lines.append(f"t{i} = {f'({word})[:, None]' if own else word}")
+    assert len(words) == TABLE_WORDS[width]
+    return lines
+
+
+def _bytes(first: int, upper: bool) -> str:
+    """Four values' lower or upper bytes in a word."""
+    byte = "(c{} >> 8)" if upper else "(c{} & 255)"
+    parts = [byte.format(first), *(f"({byte.format(first + i)} << {8 * i})" for i in (1, 2, 3))]
+    return " | ".join(parts)
+
+
+_WORDS = {
+    1: ["c0 | (c0 << 16)", "(c0 ^ c1) | ((c0 ^ c1) << 16)"],
+    2: ["c0 | (c1 << 16)", "c2 | (c3 << 16)"],
+    3: [_bytes(first, upper) for upper in (False, True) for first in (0, 4)],
+    4: [_bytes(first, upper) for upper in (False, True) for first in (0, 4, 8, 12)],
+    9: ["c0 | (c1 << 16)", "c2"],
+}

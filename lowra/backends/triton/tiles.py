@@ -1,0 +1,251 @@
+"""Text that reads the codes of a tile of rows and gives its values, block of columns by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lowra.backends.triton.keys import TERNARY_ID, PanelKey, WeightKey
+from lowra.backends.triton.lookups import TABLE_WORDS
+from lowra.backends.triton.targets import Target
+from lowra.compiler.packing import FORMATS, levels_of
+
+TERNARY_FIELD = 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How values are read: `exact` gives them as float32 from memory, else in `dtype`, by byte
+    permutes where the target and the width allow. `warps` are those that multiply: rows are dealt
+    out to them as they will be multiplied (`dealt_rows`); 0 leaves rows as they are."""
+
+    target: Target
+    weight: WeightKey
+    dtype: str
+    rows: int
+    warps: int = 0
+    exact: bool = False
+
+    def permutes(self, width: int) -> bool:
+        halves = self.dtype in ("bfloat16", "float16")
+        return not self.exact and halves and self.target.permutes and width in TABLE_WORDS
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values [rows, columns] under the name `values`; their columns under `c`, counted from
+    `first`; in a tail they do not follow each other, and `c_ok` masks those that there are."""
+
+    values: str
+    first: str
+    tail: bool
+
+
+Use = Callable[[Block], list[str]]
+"""Lines that do something with a block."""
+
+
+def indented(lines: list[str], by: int = 1) -> list[str]:
+    return ["    " * by + line for line in lines]
+
+
+def field_words(width: int) -> int:
+    """Words of a plane's full tile, and columns that a field of them covers."""
+    return 8 * FORMATS[width].planes[0]
+
+
+def fields_at_once(weight: WeightKey, width: int) -> int:
+    """Neighbouring fields of 8 words that a block takes: all, or where scales come in groups as
+    many as share a scale."""
+    if width == TERNARY_ID:
+        return 1
+    count = 32 // FORMATS[width].planes[0]
+    if weight.group > 0:
+        fit = weight.group // field_words(width)
+        if fit >= 2 and fit & (fit - 1) == 0:
+            return min(fit, count)
+    return count
+
+
+def shares_scale(weight: WeightKey, width: int) -> bool:
+    """Whether a block of a full tile lies in one group."""
+    covered = TERNARY_FIELD
+    if width != TERNARY_ID:
+        covered = fields_at_once(weight, width) * field_words(width)
+    return weight.group > 0 and weight.group % covered == 0
+
+
+def dealt_rows(rows: int, warps: int) -> str:
+    """The row that each line of a tile of words holds.
+
+    Loaded words lie in registers like this: 8 lines to a warp, then the next warp, then around
+    again. Tensor cores want two times 8 neighbouring lines in a warp. With the lines read in
+    another order, both are the same and no value changes its register; `planar` undoes it.
+    """
+    if not warps:
+        return f"tl.arange(0, {rows})"
+    i = f"tl.arange(0, {rows})"
+    turn = f"({i} // {16 * warps}) * {16 * warps}"
+    return f"{turn} + ({i} // 8 % {warps}) * 16 + ({i} // {8 * warps} % 2) * 8 + {i} % 8"
+
+
+def row_setup(panel: PanelKey) -> list[str]:
+    """Offsets of the rows of a panel's tile in its planes."""
+    if panel.width == TERNARY_ID:
+        return [
+            "words = (k + 19) // 20",
+            "line = (plane0.to(tl.int64) * 4) + (rw * (words * 4))[:, None]",
+            "full = k // 320",
+        ]
+    lines = ["full = k // 256", "chunks = (k + 31) // 32"]
+    for i, bits in enumerate(FORMATS[panel.width].planes):
+        lines.append(f"line{i} = plane{i} + (rw * (chunks * {bits}))[:, None]")
+    return lines
+
+
+def tile_lines(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> list[str]:
+    """The values of tile `t`, block after block, each handed to `use`."""
+    if panel.width == TERNARY_ID:
+        return list(_ternary_tile(reading, panel, tail, use))
+    return list(_octets(reading, panel, tail, use))
+
+
+def _hinted(offset: str, aligned: int, contiguous: int) -> str:
+    if aligned == 1:
+        return offset
+    return f"tl.max_contiguous(tl.multiple_of({offset}, (1, {aligned})), (1, {contiguous}))"
+
+
+def _load(pointer: str, mask: str = "") -> str:
+    masked = f", mask={mask}, other=0" if mask else ""
+    return f'tl.load({pointer}{masked}, eviction_policy="evict_first")'
+
+
+def _octets(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator[str]:
+    """A tile, 8 words of every row at a time: what lies in a register then is what tensor cores
+    want there, and the columns of a field are 8 neighbours."""
+    for octet in range(field_words(panel.width) // 8):
+        yield from _tail_words(panel, octet) if tail else _full_words(panel, octet)
+        yield from _fields(reading, panel.width)
+        yield from _blocks(reading, panel.width, octet, tail, use)
+
+
+def _full_words(panel: PanelKey, octet: int) -> list[str]:
+    size = field_words(panel.width)
+    words = f"line0 + (t * {size} + {8 * octet} + tl.arange(0, 8))[None, :]"
+    lines = [f"w = {_load('codes + ' + _hinted(words, min(2, panel.aligned), 8))}"]
+    if panel.width == 3:
+        # Field f of word v of the upper plane stands beside field f / 2 of word 8 (f % 2) + v.
+        place = _hinted("line1 + (t * 8 + tl.arange(0, 8))[None, :]", min(2, panel.aligned), 8)
+        lines.append(f"h = {_load(f'codes + {place}')}" if octet == 0 else "h = h >> 1")
+    return lines
+
+
+def _tail_words(panel: PanelKey, octet: int) -> list[str]:
+    """A shorter tile has fields of fewer words; what lies beyond them is masked."""
+    size, bits = field_words(panel.width), FORMATS[panel.width].planes[0]
+    lines = [
+        f"short = (chunks - full * 8) * {bits}",
+        f"v = {8 * octet} + tl.arange(0, 8)",
+        f"w = {_load(f'codes + line0 + (full * {size} + v)[None, :]', '(v < short)[None, :]')}",
+    ]
+    if panel.width == 3:
+        above = "(full * 8 + v % (short // 2))[None, :]"
+        lines += [
+            f"h = {_load(f'codes + line1 + {above}', '(v < short)[None, :]')}",
+            "h = h >> (v // (short // 2))[None, :]",
+        ]
+    return lines
+
+
+def _blocks(reading: Reading, width: int, octet: int, tail: bool, use: Use) -> Iterator[str]:
+    size, count = field_words(width), 32 // FORMATS[width].planes[0]
+    step = count if tail else fields_at_once(reading.weight, width)
+    yield f"j = tl.arange(0, {8 * step})"
+    for start in range(0, count, step):
+        fields = [f"v{i}" for i in range(start, start + step)]
+        yield f"a = {planar(fields, reading, 8)}"
+        first = f"t * 256 + {start * size}"
+        if tail:
+            yield f"c = full * 256 + (j // 8) * short + {8 * octet} + j % 8"
+            yield f"c_ok = ({8 * octet} + j % 8 < short) & (c < k)"
+        else:
+            yield f"c = {first} + {8 * octet} + (j // 8) * {size} + j % 8"
+        yield from use(Block("a", first, tail))
+
+
+def _fields(reading: Reading, width: int) -> list[str]:
+    bits = FORMATS[width].planes[0]
+    names = [f"v{i}" for i in range(32 // bits)]
+    if reading.permutes(width):
+        words = ["w", "h"] if width == 3 else ["w"]
+        given = ", ".join([f"t{i}" for i in range(TABLE_WORDS[width])] + words)
+        return [f"{', '.join(names)} = look_up_{width}({given})"]
+    lines = []
+    for i, name in enumerate(names):
+        code = f"((w >> {bits * i}) & {(1 << bits) - 1})"
+        if width == 3:
+            code = f"({code} | (((h >> {bits * i}) & 1) << 2))"
+        lines.append(f"{name} = {_from_memory(reading, width, code)}")
+    return lines
+
+
+def _from_memory(reading: Reading, width: int, code: str) -> str:
+    table = f"table + (rw * {levels_of(width)})[:, None]" if reading.weight.own else "table"
+    value = f"tl.load(books + {table} + {code}).to(tl.float32)"
+    return (
+        value if reading.exact or reading.dtype == "float32" else f"{value}.to(tl.{reading.dtype})"
+    )
+
+
+def planar(fields: list[str], reading: Reading, words: int) -> str:
+    """Fields [lines, words] side by side as [rows, columns]: field 0, then field 1, ..."""
+    if len(fields) == 1 and not reading.warps:
+        return fields[0]
+    depth = (len(fields) - 1).bit_length()
+    shape, order = (reading.rows, words), [0, *range(2, 2 + depth), 1]
+    joined = _joined(fields)
+    if reading.warps:
+        lines = (reading.rows // (16 * reading.warps), 2, reading.warps, 8)
+        shape = (*lines, words, *[2] * depth)
+        joined = f"tl.reshape({joined}, {shape})"
+        order = [0, 2, 1, 3, *range(5, 5 + depth), 4]
+    columns = words << depth
+    return f"tl.reshape(tl.permute({joined}, {tuple(order)}), ({reading.rows}, {columns}))"
+
+
+def _joined(names: list[str]) -> str:
+    """The last axis is the lowest bit of a field's number."""
+    if len(names) == 1:
+        return names[0]
+    return f"tl.join({_joined(names[0::2])}, {_joined(names[1::2])})"
+
+
+def _ternary_tile(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator[str]:
+    """Five fields of 64 bytes, or in a tail of `short` ones."""
+    field = TERNARY_FIELD
+    yield f"j = tl.arange(0, {field})"
+    if tail:
+        yield "short = 4 * ((k - full * 320 + 19) // 20)"
+        pointer = f"code_bytes + (line + (full * {field} + j)[None, :])"
+        yield f"w = {_load(pointer, '(j < short)[None, :]')}"
+    else:
+        place = _hinted(f"line + (t * {field} + j)[None, :]", 4 * panel.aligned, field)
+        yield f"w = {_load(f'code_bytes + {place}')}"
+    if reading.permutes(TERNARY_ID):
+        yield "v0, v1, v2, v3, v4 = look_up_9(t0, t1, w)"
+    else:
+        yield "p = w.to(tl.int32)"
+        for i in range(5):
+            yield "p = p * 3"
+            yield f"v{i} = {_from_memory(reading, TERNARY_ID, '(p >> 8)')}"
+            yield "p = p & 255"
+    for i in range(5):
+        if tail:
+            yield f"c = full * 320 + {i} * short + j"
+            yield "c_ok = (j < short) & (c < k)"
+        first = f"t * 320 + {i * field}"
+        if not tail:
+            yield f"c = {first} + j"
+        yield f"a = {planar([f'v{i}'], reading, field)}"
+        yield from use(Block("a", first, tail))

@@ -1,0 +1,127 @@
+"""A packed weight as kernels take it: checked arguments, its key, descriptors of its tiles."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowra.backends.triton.keys import WeightKey, weight_key
+from lowra.backends.triton.tables import DESCRIPTOR_SIZE
+from lowra.compiler.packing import FORMATS, levels_of, row_words
+from lowra.compiler.storage import scale_groups
+
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+LARGEST = 2**31
+"""Above it offsets into codes, codebooks or scales pass 32 bits."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The packed arguments of a `lowra::` op, and what kernels are chosen by."""
+
+    codes: Tensor
+    books: Tensor
+    scales: Tensor | None
+    order: Tensor
+    panels: tuple[int, ...]
+    k: int
+    key: WeightKey
+
+    @property
+    def n(self) -> int:
+        return self.order.shape[0]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """By the names that kernels give them."""
+        words = self.codes
+        return {
+            "codes": words, "code_bytes": words.view(torch.uint8), "books": self.books,
+            "scales": self.scales, "order": self.order,
+        }  # fmt: skip
+
+
+def weight_of(packed: tuple[Any, ...]) -> Weight:
+    """Raises ValueError where a size is not what kernels read."""
+    codes, books, scales, order, panels, k, group, *_ = packed
+    group = 0 if scales is None else group
+    own = _check_sizes(codes, books, scales, order, panels, k, group)
+    tensors = (codes, books, order) if scales is None else (codes, books, scales, order)
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        codes, books, order = codes.contiguous(), books.contiguous(), order.contiguous()
+        scales = None if scales is None else scales.contiguous()
+    key = _weight_key(tuple(panels), k, group, own)
+    return Weight(codes, books, scales, order, tuple(panels), k, key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_key(panels: tuple[int, ...], k: int, group: int, own: bool) -> WeightKey:
+    # Rows of one width stay as they were: `row_order` is stable.
+    return weight_key([*panels], k, group, own, permuted=len(panels) > 2)
+
+
+def declined(packed: tuple[Any, ...], dtype: torch.dtype) -> str | None:
+    """Why no kernel takes this weight or dtype; None where one does."""
+    codes, books, scales, order, panels, *_ = packed
+    if dtype not in NAMES:
+        return f"activations are {dtype}, not one of {', '.join(NAMES.values())}"
+    if unknown := {*panels[0::2]} - {*FORMATS}:
+        return f"width ids {sorted(unknown)} are unknown"
+    for what, tensor, wanted in (
+        ("codes", codes, torch.int32), ("codebooks", books, torch.float16),
+        ("scales", scales, torch.float16), ("row order", order, torch.int32),
+    ):  # fmt: skip
+        if tensor is not None and tensor.dtype != wanted:
+            return f"{what} are {tensor.dtype}, not {wanted}"
+        if tensor is not None and tensor.numel() >= LARGEST:
+            return f"{tensor.numel()} {what} are more than 32 bits count"
+    return None
+
+
+def _check_sizes(
+    words: Tensor, tables: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int,
+) -> bool:  # fmt: skip
+    """Whether every row has its own codebook. Raises ValueError on a wrong size; row numbers are
+    not looked at (that would wait for the device): kernels write none that is out of range."""
+    pairs = list(zip(panels[0::2], panels[1::2], strict=True))
+    rows = sum(count for _, count in pairs)
+    own = tables.numel() != sum(levels_of(id) for id, _ in pairs)
+    sizes = [
+        ("code words", words.numel(), sum(count * row_words(k, id) for id, count in pairs)),
+        ("row numbers", order.numel(), rows),
+    ]
+    if own:
+        values = sum(count * levels_of(id) for id, count in pairs)
+        sizes.append(("codebook values", tables.numel(), values))
+    if scales is not None:
+        sizes.append(("scales", scales.numel(), rows * scale_groups(k, group)))
+    for what, got, want in sizes:
+        if got != want:
+            raise ValueError(f"a packed weight [{rows}, {k}] has {got} {what}, not {want}")
+    return own
+
+
+@functools.lru_cache(maxsize=1024)
+def descriptors(
+    panels: tuple[int, ...], k: int, own: bool, rows: int, device: torch.device
+) -> Tensor:
+    """int32 [tiles, 8]: panels cut into tiles of at most `rows` rows, widest first (the longest
+    work); see DESCRIPTOR in tables.py."""
+    made: list[list[int]] = []
+    word = stored = table = 0
+    for id, count in zip(panels[0::2], panels[1::2], strict=True):
+        planes = FORMATS[id].planes
+        per_row = [row_words(k, bits) for bits in planes] or [row_words(k, id)]
+        second = word + count * per_row[0]
+        for first in range(0, count, rows):
+            places = [word + first * per_row[0], second + first * per_row[-1]]
+            values = table + (first * levels_of(id) if own else 0)
+            made.append([id, stored + first, min(rows, count - first), *places, values, 0, 0])
+        word, stored = word + count * sum(per_row), stored + count
+        table += levels_of(id) * (count if own else 1)
+    assert not made or len(made[0]) == DESCRIPTOR_SIZE
+    return torch.tensor(made, dtype=torch.int32, device=device).view(-1, DESCRIPTOR_SIZE)

@@ -1,0 +1,169 @@
+"""Which backend serves, where kernels come from, and what is said where there are none."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lowra  # noqa: F401 - registers backends
+from lowra.backends.triton import build, linear
+from lowra.backends.triton.emit import arguments, emit
+from lowra.backends.triton.keys import (
+    Blocks,
+    LinearKey,
+    RotateKey,
+    ShrinkKey,
+    ValuesKey,
+    weight_key,
+)
+from lowra.backends.triton.targets import INTERPRETER, TARGETS, cuda_target, hip_target
+from lowra.backends.triton.weight import descriptors
+from lowra.compiler.ops import DIRECT
+from lowra.compiler.packing import row_words
+from tests.backends.test_cpu_product import Shape, packed_of
+
+WEIGHT = weight_key([4, 100, 3, 50, 9, 70, 1, 20], 640, -1, False, True)
+KEYS = [
+    LinearKey(TARGETS[1], WEIGHT, "bfloat16", Blocks(64, 16, 4, 4), 16, True, True, True),
+    LinearKey(TARGETS[3], WEIGHT, "float32", Blocks(64, 16, 4, 4)),
+    ValuesKey(TARGETS[0], WEIGHT, "float16", Blocks(32, 0, 4, 1)),
+    ShrinkKey(TARGETS[1], "bfloat16", "float32", Blocks(16, 16, 4, 3), True),
+    RotateKey(TARGETS[1], "bfloat16", 64, True),
+]
+
+
+def test_cuda_tensors_are_dispatched_to_this_backend() -> None:
+    assert DIRECT["cuda"] is linear.forward
+    for name in ("quantized_linear", "quantized_linear_lora", "dequantize", "input_gradient"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowra::{name}", "CUDA")
+
+
+def test_importing_lowra_imports_no_triton() -> None:
+    code = "import lowra, sys; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_triton_plain_torch_serves_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    monkeypatch.setenv(linear.SWITCH, "on")
+    linear._explain.cache_clear()
+    linear.target_of.cache_clear()
+    packed = packed_of(Shape(20, 96, (2, 4), block=32))
+    x = torch.randn(3, 96)
+    for _ in range(2):  # on a CPU device: what is asked of a device comes after
+        y = linear.forward(x, packed.op_args(), None, None)
+        torch.testing.assert_close(y, x @ packed.dequantize().T, rtol=1e-4, atol=1e-4)
+    linear.backward(y, packed.op_args(), linear.target_of(x.device))
+    linear.unpacked(packed.op_args(), torch.float32, linear.target_of(x.device))
+    linear.target_of.cache_clear()
+    assert len(caplog.records) == 1 and "lowra[triton]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((7, 5), None), ((8, 6), "sm86"), ((9, 0), "sm90"), ((12, 0), "sm120")]
+)
+def test_targets_by_compute_capability(capability: tuple[int, int], name: str | None) -> None:
+    target = cuda_target(*capability)
+    assert (target and target.name) == name
+
+
+def test_targets_of_amd_devices() -> None:
+    found = hip_target("gfx942:sramecc+:xnack-")
+    assert found == TARGETS[3] and hip_target("gfx1100") is None
+
+
+def test_an_old_device_is_declined_with_its_capability(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(linear.SWITCH, "on")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    linear._explain.cache_clear()
+    linear.target_of.cache_clear()
+    assert linear.target_of(torch.device("cuda:0")) is None
+    linear.target_of.cache_clear()
+    assert "7.0" in caplog.text and "8.0" in caplog.text
+
+
+def test_unasked_no_kernel_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(linear.SWITCH, raising=False)
+    linear._explain.cache_clear()
+    linear.target_of.cache_clear()
+    assert linear.target_of(torch.device("cuda:0")) is None
+    linear.target_of.cache_clear()
+    assert f"{linear.SWITCH}=on" in caplog.text
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name.split("-")[0])
+def test_emitting_is_pure_and_gives_python(key: Any) -> None:
+    text = emit(key)
+    assert text == emit(key) and text.startswith(f"# {key.name}\n")
+    compile(text, key.name, "exec")
+    for name in arguments(key):
+        assert text.count(name) >= 2, f"{name} is never read"
+
+
+def test_a_kernel_as_people_read_it(golden: Any) -> None:
+    weight = weight_key([4, 64, 2, 128], 512, -1, False, True)
+    golden.check(emit(LinearKey(TARGETS[3], weight, "bfloat16", Blocks(64, 16, 4, 2), 16)))
+
+
+def test_a_file_in_the_override_folder_takes_the_place_of_what_is_emitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(build.OVERRIDE, str(tmp_path))
+    assert build.source_of(KEYS[0]) == emit(KEYS[0])
+    (tmp_path / f"{KEYS[0].name}.py").write_text("# mine\n")
+    assert build.source_of(KEYS[0]) == "# mine\n"
+
+
+def test_a_damaged_source_file_is_written_anew(tmp_path: Path) -> None:
+    path = build.written("name", "x = 1\n", tmp_path)
+    path.write_bytes(b"\xff half")
+    assert build.written("name", "x = 1\n", tmp_path) == path and path.read_text() == "x = 1\n"
+
+
+def test_a_folder_that_cannot_be_written_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = build.written("name", "x = 1\n", tmp_path / "file" / "kernels")
+    assert path.read_text() == "x = 1\n"
+
+
+def test_many_at_once_write_one_whole_file(tmp_path: Path) -> None:
+    text = "x = 1\n" * 10000
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: build.written("name", text, tmp_path), range(40)))
+    assert len(paths) == 1 and paths.pop().read_text() == text
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_descriptors_cover_every_row_once_and_every_word() -> None:
+    panels, k = (4, 70, 3, 40, 9, 33, 1, 5), 700
+    for own in (False, True):
+        tiles = descriptors(panels, k, own, 32, torch.device("cpu")).tolist()
+        rows = [stored + i for _, stored, count, *_ in tiles for i in range(count)]
+        assert rows == list(range(sum(panels[1::2])))
+        last = tiles[-1]
+        assert last[3] + last[2] * row_words(k, 1) == sum(
+            count * row_words(k, id) for id, count in zip(panels[0::2], panels[1::2], strict=True)
+        )
+        tables = {tile[5] for tile in tiles}
+        assert len(tables) == (len(tiles) if own else 4)
+
+
+def test_the_interpreter_is_a_target_that_no_device_has() -> None:
+    assert INTERPRETER not in TARGETS and not INTERPRETER.backend

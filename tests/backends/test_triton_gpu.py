@@ -1,0 +1,62 @@
+"""GPU kernels on a GPU: against float64, and against themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowra  # noqa: F401 - registers backends
+from lowra.backends.triton import linear
+from tests.backends.test_cpu_product import Shape, packed_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(linear.SWITCH, "on")
+    linear.target_of.cache_clear()
+
+
+def test_products_on_a_device_equal_float64() -> None:
+    for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)):
+        for m in (1, 5, 16, 40, 300):
+            for shape in (
+                Shape(300, 1344, (2,)), Shape(5000, 4096, (1, 2, 3, 4, 8, 9), block=4096),
+                Shape(130, 576, (2, 9), 64, False),
+            ):  # fmt: skip
+                packed = packed_of(shape)
+                arguments_ = [
+                    a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()
+                ]
+                x = torch.randn(m, shape.k).to(dtype)
+                a, b = torch.randn(16, shape.k).to(dtype) / 64, torch.randn(shape.n, 16).to(dtype)
+                dense = packed.dequantize(torch.float64)
+                y = torch.ops.lowra.quantized_linear_lora(
+                    x.cuda(), *arguments_, None, a.cuda(), b.cuda(), 0.5
+                )
+                want = x.double() @ (dense + 0.5 * b.double() @ a.double()).T
+                assert float((y.cpu().double() - want).norm() / want.norm()) < limit
+
+
+def test_a_product_on_a_device_is_the_same_every_time() -> None:
+    """Races would show as bits that change."""
+    packed = packed_of(Shape(8192, 8192, (1, 2, 4, 9)))
+    arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
+    x = torch.randn(3, 8192, device="cuda", dtype=torch.bfloat16)
+    first = torch.ops.lowra.quantized_linear(x, *arguments_, None)
+    for _ in range(1000):
+        assert torch.equal(torch.ops.lowra.quantized_linear(x, *arguments_, None), first)
+
+
+def test_values_and_gradients_on_a_device_equal_the_reference() -> None:
+    packed = packed_of(Shape(700, 1344, (1, 2, 3, 4, 8, 9), 64, block=64))
+    arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
+    values = torch.ops.lowra.dequantize(*arguments_, torch.float32)
+    torch.testing.assert_close(values.cpu(), packed.dequantize(), rtol=1e-5, atol=1e-6)
+    grad = torch.randn(40, 700)
+    got = torch.ops.lowra.input_gradient(grad.cuda(), *arguments_)
+    torch.testing.assert_close(got.cpu(), grad @ packed.dequantize(), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,174 @@
+"""GPU kernels in Triton's interpreter, against the reference and float64 products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowra.backends.reference import linear as reference
+from lowra.backends.triton import launch, linear, schedule
+from lowra.backends.triton.targets import INTERPRETER
+from lowra.backends.triton.weight import weight_of
+from lowra.compiler.rotation import Rotation, rotate, unrotate
+from tests.backends.test_cpu_product import Shape, packed_of
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowra[triton]'")
+
+# bfloat16: rotated x, h and y are rounded, and the interpreter cuts where a GPU rounds.
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+EVERY = (1, 2, 3, 4, 8, 9)
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / (want.norm() + 1e-30))
+
+
+def check(shape: Shape, m: int, rank: int, dtype: torch.dtype) -> None:
+    packed = packed_of(shape)
+    dense = packed.dequantize(torch.float64)
+    x, bias = torch.randn(m, shape.k).to(dtype), torch.randn(shape.n).to(dtype)
+    want = x.double() @ dense.T + bias.double()
+    factors = None
+    if rank:
+        a, b = torch.randn(rank, shape.k).to(dtype) / 8, torch.randn(shape.n, rank).to(dtype)
+        factors = (a, b, 0.5)
+        want += 0.5 * (x.double() @ a.double().T) @ b.double().T
+    y = linear.forward(x, packed.op_args(), bias, factors, INTERPRETER)
+    assert y.dtype == dtype and distance(y, want) < LIMIT[dtype]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_products_equal_float64(data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, 700))
+    shape = Shape(
+        data.draw(st.integers(1, 150)), k,
+        data.draw(st.sampled_from([*[(b,) for b in EVERY], (1, 2), (2, 4, 9), (3, 8), EVERY])),
+        data.draw(st.sampled_from([-1, -1, 0, 32, 40, 64, 128, 256])), data.draw(st.booleans()),
+        data.draw(st.sampled_from([1, k & -k])), data.draw(st.integers(0, 999)),
+    )  # fmt: skip
+    m = data.draw(st.sampled_from([1, 2, 7, 16, 17, 40, 70]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    check(shape, m, data.draw(st.sampled_from([0, 1, 16, 20])), dtype)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 65, 300])
+def test_any_number_of_tokens(m: int) -> None:
+    check(Shape(140, 600, (2, 3, 9)), m, 8, torch.float32)
+
+
+@pytest.mark.parametrize("width", EVERY)
+@pytest.mark.parametrize("group", [-1, 64, 128])
+def test_rows_of_one_width(width: int, group: int) -> None:
+    check(Shape(70, 1344, (width,), group, shared=group < 0), 3, 0, torch.float32)
+
+
+def test_parts_of_a_sum_are_added_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split among more programs than interpreted processors ask for; counters end at zero."""
+    monkeypatch.setattr(schedule, "INTERPRETED_PROCESSORS", 64)
+    for widths in [(2,), (4, 9, 1)]:
+        check(Shape(90, 2400, widths), 5, 16, torch.float32)
+    assert launch._workspaces
+    for _, counters in launch._workspaces.values():
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("group", [-1, 0, 32, 40])
+@pytest.mark.parametrize("shared", [True, False])
+def test_unpacked_values_are_those_of_the_reference_to_the_bit(group: int, shared: bool) -> None:
+    for k, dtype in ((1380, torch.float32), (70, torch.float16)):
+        packed = packed_of(Shape(50, k, EVERY, group, shared))
+        got = linear.unpacked(packed.op_args(), dtype, INTERPRETER)
+        want = reference.stored_rows(*packed.op_args()[:7], dtype)
+        assert torch.equal(got, want)
+
+
+def test_pieces_of_columns_are_those_of_the_whole() -> None:
+    packed = packed_of(Shape(40, 3000, EVERY))
+    weight = weight_of(packed.op_args())
+    whole = launch.values(weight, torch.float32, INTERPRETER)
+    for columns in (slice(0, 1280), slice(1280, 2560), slice(2560, 3000), slice(1280, 3000)):
+        part = launch.values(weight, torch.float32, INTERPRETER, columns)
+        assert torch.equal(part, whole[:, columns])
+
+
+@pytest.mark.parametrize("block", [1, 2, 64, 256, 1024])
+def test_rotation_and_its_way_back(block: int) -> None:
+    rotation, k = Rotation(5, block), 3 * block if block > 1 else 50
+    x = torch.randn(3, k)
+    turned = launch.rotated(x, rotation, INTERPRETER)
+    assert distance(turned, rotate(x.double(), rotation)) < 1e-6
+    back = launch.rotated(x, rotation, INTERPRETER, back=True)
+    assert distance(back, unrotate(x.double(), rotation)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+def test_input_gradients_by_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "PIECE_BYTES", 1)
+    packed = packed_of(Shape(60, 1344, (1, 2, 9), block=64))
+    grad = torch.randn(2, 3, 60).to(dtype)
+    got = linear.backward(grad, packed.op_args(), INTERPRETER)
+    assert got.dtype == dtype and got.shape == (2, 3, 1344)
+    assert distance(got, grad.double() @ packed.dequantize(torch.float64)) < LIMIT[dtype]
+
+
+LAYOUTS: dict[str, Any] = {
+    "no tokens": lambda k: torch.randn(0, k),
+    "transposed": lambda k: torch.randn(k, 5).T,
+    "every other token": lambda k: torch.randn(6, k)[::2],
+    "misaligned": lambda k: torch.randn(4 * k + 3)[3:].view(4, k),
+    "one token repeated": lambda k: torch.randn(1, k).expand(4, k),
+    "one axis": lambda k: torch.randn(k),
+    "three axes": lambda k: torch.randn(2, 3, k)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_every_layout(layout: str) -> None:
+    packed = packed_of(Shape(21, 96, (2,), block=32))
+    x = LAYOUTS[layout](96)
+    y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
+    assert y.shape == (*x.shape[:-1], 21) and y.is_contiguous()
+    assert distance(y, x.double() @ packed.dequantize(torch.float64).T) < 2e-6
+
+
+def test_packed_tensors_of_another_layout_are_copied() -> None:
+    packed = packed_of(Shape(21, 96, (2, 4)))
+    codes, *rest = packed.op_args()
+    assert isinstance(codes, torch.Tensor)
+    spread = torch.zeros(2 * codes.numel(), dtype=torch.int32)[::2].copy_(codes)
+    x = torch.randn(2, 96)
+    y = linear.forward(x, (spread, *rest), None, None, INTERPRETER)
+    assert torch.equal(y, linear.forward(x, packed.op_args(), None, None, INTERPRETER))
+
+
+def test_a_row_number_out_of_range_is_not_written() -> None:
+    packed = packed_of(Shape(21, 96, (2, 4)))
+    arguments = list(packed.op_args())
+    arguments[3] = packed.order.clone()
+    arguments[3][[0, 5]] = torch.tensor([-7, 1 << 20], dtype=torch.int32)
+    y = linear.forward(torch.ones(1, 96), tuple(arguments), None, None, INTERPRETER)
+    want = linear.forward(torch.ones(1, 96), packed.op_args(), None, None, INTERPRETER)
+    kept = [i for i in range(21) if i not in packed.order[[0, 5]].tolist()]
+    assert torch.equal(y[:, kept], want[:, kept])
+
+
+def test_a_wrong_size_is_refused() -> None:
+    packed = list(packed_of(Shape(21, 96, (2, 4))).op_args())
+    packed[0] = packed[0][:-1]  # type: ignore[index]
+    with pytest.raises(ValueError, match="code words"):
+        linear.forward(torch.ones(1, 96), tuple(packed), None, None, INTERPRETER)
+
+
+def test_float64_is_declined_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    linear._explain.cache_clear()
+    packed = packed_of(Shape(21, 96, (2, 4)))
+    x = torch.randn(2, 96, dtype=torch.float64)
+    y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
+    assert torch.equal(y, x @ packed.dequantize(torch.float64).T)
+    linear.forward(x, packed.op_args(), None, None, INTERPRETER)
+    assert len(caplog.records) == 1 and "torch.float64" in caplog.text

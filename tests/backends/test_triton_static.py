@@ -1,0 +1,186 @@
+"""GPU kernels compiled without a GPU: what the machine code says of spills, loads and look-ups."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lowra.backends.triton.keys import (
+    Blocks,
+    Key,
+    LinearKey,
+    RotateKey,
+    ShrinkKey,
+    ValuesKey,
+    weight_key,
+)
+from lowra.backends.triton.schedule import linear_blocks, values_blocks
+from lowra.backends.triton.static import (
+    Machine,
+    Static,
+    compile_for,
+    loop_instructions,
+    machine_code,
+)
+from lowra.backends.triton.targets import TARGETS, Target
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: lowra[triton]")
+BY_NAME = {target.name: target for target in TARGETS}
+SM90 = BY_NAME["sm90"]
+SHARED_BYTES = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+ALU = ("LOP3", "SHF", "PRMT", "SEL", "ISETP", "IADD3", "LEA")
+"""Instructions of which a processor issues 64 lanes per clock, half of its others."""
+BUDGET = {1: (2.4, 1.3), 2: (2.6, 1.45), 3: (2.8, 1.85), 4: (4.2, 3.0), 9: (4.6, 2.2)}
+"""By width: instructions per weight at 1 to 16 tokens on sm90, and those of them for the ALU."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("kernels")
+        patch.setenv("LOWRA_HOME", str(folder))
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+        yield
+
+
+@functools.cache
+def compiled(key: Key) -> Static:
+    return compile_for(key)
+
+
+@functools.cache
+def machine(key: Key) -> Machine:
+    return machine_code(compiled(key))
+
+
+def decode(target: Target, panels: list[int], k: int = 10240, rank: int = 0) -> LinearKey:
+    """A product of few tokens, as `launch.product` would choose it for many rows."""
+    weight = weight_key(panels, k, -1, False, len(panels) > 2)
+    blocks = linear_blocks(1, 8192, target)
+    waits = target.overlaps and rank > 0
+    return LinearKey(target, weight, "bfloat16", blocks, rank, False, True, waits)
+
+
+def loop_of(key: LinearKey, width: int) -> tuple[Counter[str], float]:
+    """Instructions of the loop over tiles, and the weights that a thread takes in one turn."""
+    longest = max(loop_instructions(machine(key)), key=lambda loop: sum(loop.values()))
+    columns = 320 if width == 9 else 256
+    return longest, key.blocks.rows * columns / (32 * key.blocks.warps)
+
+
+def no_spills(code: Machine) -> bool:
+    opcodes = {opcode.split(".")[0] for opcode in code.counts}
+    return code.stack_bytes == 0 and not opcodes & {"LDL", "STL"}
+
+
+@pytest.mark.parametrize("width", BUDGET)
+def test_instructions_per_weight_stay_in_their_budget(width: int) -> None:
+    key = decode(SM90, [width, 8192])
+    loop, weights = loop_of(key, width)
+    whole, alu = BUDGET[width]
+    assert sum(loop.values()) / weights <= whole
+    assert sum(n for op, n in loop.items() if op.split(".")[0] in ALU) / weights <= alu
+    assert no_spills(machine(key)) and machine(key).registers <= 255
+    assert any(op.startswith("HGMMA") for op in loop)
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_values_go_from_look_up_to_tensor_core_in_registers(width: int, target: str) -> None:
+    """No value of W is written to shared memory or passed between lanes on the way."""
+    key = decode(BY_NAME[target], [width, 8192])
+    loop, _ = loop_of(key, width)
+    assert not [op for op in loop if op.startswith(("STS", "SHFL", "STSM"))], loop
+    product = "wgmma.mma_async" if target == "sm90" else "mma.sync.aligned.m16n8k16"
+    assert product in compiled(key).texts["ptx"]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_loads_are_asynchronous_and_wide(width: int) -> None:
+    """Words in 8 bytes per lane, so that they land where they are multiplied; tokens in 16."""
+    loop, _ = loop_of(decode(SM90, [width, 8192]), width)
+    copies = {op for op in loop if op.startswith("LDGSTS")}
+    assert any(op.endswith(".64") for op in copies) and any(op.endswith(".128") for op in copies)
+    assert all(op.endswith((".64", ".128")) for op in copies), copies
+    assert not [op for op in loop if op.startswith("LDG.")]
+
+
+def test_misaligned_rows_are_read_in_smaller_pieces() -> None:
+    """576 columns of 1 bit are 18 words: rows begin at multiples of 8 bytes, 15 words at none."""
+    for k, widest in ((576, ".64"), (480, "LDGSTS.E")):
+        key = decode(SM90, [1, 8192], k)
+        loop, _ = loop_of(key, 1)
+        words = [op for op in loop if op.startswith("LDGSTS") and not op.endswith(".128")]
+        assert words and all(op.startswith(widest) or op.endswith(widest) for op in words), words
+
+
+@pytest.mark.parametrize("target", BY_NAME)
+def test_mixed_widths_with_an_adapter_compile_everywhere(target: str) -> None:
+    key = decode(BY_NAME[target], [4, 2048, 2, 4096, 9, 2048], k=4096, rank=16)
+    static = compiled(key)
+    assert static.shared_bytes <= SHARED_BYTES[target]
+    if target == "gfx942":
+        assert "v_mfma" in static.texts["amdgcn"]
+        return
+    assert no_spills(machine(key))
+    assert ("griddepcontrol.wait" in static.texts["ptx"]) == BY_NAME[target].overlaps
+    products = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
+    loops = [loop for loop in loop_instructions(machine(key)) if "MMA" in " ".join(loop)]
+    assert len(loops) >= 3 and re.search(products, static.texts["ptx"])  # one per width
+
+
+@pytest.mark.parametrize("target", BY_NAME)
+def test_many_tokens_use_the_tensor_cores_of_each_target(target: str) -> None:
+    blocks = linear_blocks(512, 8192, BY_NAME[target])
+    key = LinearKey(
+        BY_NAME[target], weight_key([2, 8192], 8192, -1, False, False), "bfloat16", blocks
+    )
+    static = compiled(key)
+    assert static.shared_bytes <= SHARED_BYTES[target]
+    expected = {
+        "sm80": ("ptx", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        "sm90": ("ptx", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+        "sm100": ("ptx", "tcgen05.mma"), "gfx942": ("amdgcn", "v_mfma"),
+    }  # fmt: skip
+    stage, instruction = expected[target]
+    assert instruction in static.texts[stage]
+    if target != "gfx942":
+        assert no_spills(machine(key))
+    if target == "sm90":  # the look-up of 256 columns, shared by 128 tokens
+        loop, weights = loop_of(key, 2)
+        assert sum(loop.values()) / weights < 3.5
+
+
+@pytest.mark.parametrize("target", BY_NAME)
+def test_the_other_kernels_compile_everywhere(target: str) -> None:
+    on = BY_NAME[target]
+    weight = weight_key([4, 2048, 2, 2048], 4096, -1, False, True)
+    keys: list[Key] = [
+        ValuesKey(on, weight, "bfloat16", values_blocks()),
+        ShrinkKey(on, "bfloat16", "float32", Blocks(16, 16, 4, 3), on.overlaps),
+        RotateKey(on, "bfloat16", 4096, back=False), RotateKey(on, "bfloat16", 64, back=True),
+    ]  # fmt: skip
+    for key in keys:
+        static = compiled(key)
+        assert static.shared_bytes <= SHARED_BYTES[target]
+        assert target == "gfx942" or no_spills(machine(key))
+    if target != "gfx942":
+        assert machine(keys[0]).counts["STG.E.128"]  # 16 bytes of values per store
+        signals = "griddepcontrol.launch_dependents" in compiled(keys[1]).texts["ptx"]
+        assert signals == on.overlaps
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"target": 7}'])
+def test_a_broken_file_in_triton_s_cache_is_compiled_anew(
+    damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    key = RotateKey(SM90, "bfloat16", 2, back=False)
+    before = compile_for(key).texts["ptx"]
+    for file in tmp_path.glob("*/kernel.json"):
+        file.write_bytes(damage)
+    assert compile_for(key).texts["ptx"] == before
