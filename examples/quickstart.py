@@ -27,8 +27,8 @@ import lowra
 from lowra.compiler.errors import LowraError
 from lowra.compiler.progress import show_progress, stage
 from lowra.runtime.module_view import adapters_disabled
-from lowra.workflows.calibration import generate_calibration
 from lowra.workflows.evaluate import evaluate, held_out_english, sample, windows
+from lowra.workflows.generated_calibration import generate_calibration
 from lowra.workflows.models import fetch_smollm2, load_model
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.program import Program
 from lowra.recipe import Recipe
-from lowra.workflows.calibration import as_token_batches, generate_calibration
+from lowra.workflows.calibration import as_token_batches
+from lowra.workflows.generated_calibration import generate_calibration
 from lowra.workflows.models import vocabulary_size
 
 BATCH_TOKENS = 4096

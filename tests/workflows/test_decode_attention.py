@@ -40,8 +40,8 @@ def decoded(model, ids):
     """The logits of each token in turn, and of the last as part of a padded batch."""
     cache, found = None, []
     for token in ids.split(1, dim=1):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=token, cache=cache, use_cache=True)
+        cache = output.cache
         found.append(output.logits)
     padded = model(input_ids=ids, attention_mask=(ids > 3).long()).logits
     return torch.cat(found, 1), padded
