@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -177,16 +177,34 @@ def _measure(program: Program, plans: Sequence[Program], advance: Callable[[], N
 
 def _far(program: Program, packed: Mapping[str, PackedWeight], wanted: Sequence[Tensor]) -> Tensor:
     """The mean distance of the model on packed weights from the original's outputs `wanted`:
-    float64. Its dense weights are held for one plan at a time."""
-    tensors = dict(program.tensors)
-    for site in program.sites:
-        rounded = packed[site.name].dequantize(site.dtype)
-        tensors[site.weight] = rounded.T if site.transposed else rounded
+    float64."""
+    tensors = _Unpacked(program, packed)
     distances = [
         _distance(program, output, _output(program, tensors, batch))
         for output, batch in zip(wanted, program.held_out, strict=True)
     ]
     return torch.stack(distances).mean()
+
+
+class _Unpacked(Mapping[str, Tensor]):
+    """The program's tensors, with dense copies of packed weights made anew wherever one is read."""
+
+    def __init__(self, program: Program, packed: Mapping[str, PackedWeight]) -> None:
+        self._tensors = program.tensors
+        self._sites = {site.weight: (site, packed[site.name]) for site in program.sites}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._sites:
+            return self._tensors[name]
+        site, weight = self._sites[name]
+        rounded = weight.dequantize(site.dtype)
+        return rounded.T if site.transposed else rounded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _distance(program: Program, wanted: Tensor, found: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "lowra_decode"
 REPLACED = "sdpa"
+STRIDE = 32
+"""Tokens by which the longer product grows."""
 
 
 @contextmanager
@@ -58,6 +62,15 @@ def decode_attention_forward(
     windows, heads, _, width = query.shape
     groups = key.shape[1]
     shared = query.reshape(windows, groups, heads // groups, width)
-    scores = (shared @ key.mT).float() * (width**-0.5 if scaling is None else scaling)
-    output = scores.softmax(-1).to(value.dtype) @ value
+    parts = _parts(key.shape[2])
+    scores = torch.cat([shared @ key[:, :, part].mT for part in parts], -1).float()
+    shares = (scores * (width**-0.5 if scaling is None else scaling)).softmax(-1).to(value.dtype)
+    output = reduce(torch.add, [shares[..., part] @ value[:, :, part] for part in parts])
     return output.reshape(windows, 1, heads, value.shape[-1]), None
+
+
+def _parts(tokens: int) -> list[slice]:
+    """Whole strides of tokens, and the rest: torch's library keeps code for every length that it
+    has multiplied, 300 MB of it after 256 tokens."""
+    whole = tokens - tokens % STRIDE
+    return [part for part in (slice(0, whole), slice(whole, tokens)) if part.stop > part.start]
