@@ -1,25 +1,61 @@
 // Activations before a product: the input rotation, then the order and type that the dot products
 // read.
 
+#ifdef LANES16
+// Butterflies within blocks of 64 elements, of 16 where blocks are shorter: how long they were.
+static int64_t hadamard_in_registers(float* x, int64_t k, int64_t block) {
+    if (block < 64) {
+        for (int64_t i = 0; i < k; i += 16) store_floats(butterflies(load_floats(x + i)), x + i);
+        return 16;
+    }
+    for (float* end = x + k; x < end; x += 64) {
+        const Floats a = butterflies(load_floats(x)), b = butterflies(load_floats(x + 16));
+        const Floats c = butterflies(load_floats(x + 32)), d = butterflies(load_floats(x + 48));
+        const Floats sums[2] = {plus(a, b), plus(c, d)}, rest[2] = {minus(a, b), minus(c, d)};
+        store_floats(plus(sums[0], sums[1]), x);
+        store_floats(plus(rest[0], rest[1]), x + 16);
+        store_floats(minus(sums[0], sums[1]), x + 32);
+        store_floats(minus(rest[0], rest[1]), x + 48);
+    }
+    return 64;
+}
+#endif
+
+// low and high [half] become their sums and differences.
+static void butterfly(float* __restrict low, float* __restrict high, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float sum = low[i] + high[i], difference = low[i] - high[i];
+        low[i] = sum;
+        high[i] = difference;
+    }
+}
+
+// Two steps at once: of a, b, c and d [half], which follow one another.
+static void two_butterflies(float* __restrict a, float* __restrict b, float* __restrict c,
+                            float* __restrict d, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float left = a[i] + b[i], left_rest = a[i] - b[i];
+        const float right = c[i] + d[i], right_rest = c[i] - d[i];
+        a[i] = left + right;
+        b[i] = left_rest + right_rest;
+        c[i] = left - right;
+        d[i] = left_rest - right_rest;
+    }
+}
+
 // In place: each block of x times the Sylvester-Hadamard matrix; unscaled.
 static void hadamard(float* x, int64_t k, int64_t block) {
     int64_t done = 1;
 #ifdef LANES16
-    if (block >= 16) {
-        hadamard16(x, k);
-        done = 16;
-    }
+    if (block >= 16) done = hadamard_in_registers(x, k, block);
 #endif
-    for (int64_t begin = 0; begin < k; begin += block)
-        for (int64_t half = done; half < block; half *= 2)
-            for (int64_t at = begin; at < begin + block; at += 2 * half) {
-                float *low = x + at, *high = low + half;
-                for (int64_t i = 0; i < half; i++) {
-                    const float sum = low[i] + high[i], difference = low[i] - high[i];
-                    low[i] = sum;
-                    high[i] = difference;
-                }
-            }
+    for (float* end = x + k; x < end; x += block) {
+        int64_t half = done;
+        for (; 4 * half <= block; half *= 4)
+            for (float* at = x; at < x + block; at += 4 * half)
+                two_butterflies(at, at + half, at + 2 * half, at + 3 * half, half);
+        if (half < block) butterfly(x, x + half, half);
+    }
 }
 
 // x~ = H D x of one token.

@@ -217,7 +217,7 @@ static inline void sum_batch(const Floats (&x)[16], float* out) {
 
 // The first four butterflies of a Hadamard transform, within 16 lanes: the other of a pair, plus
 // the lane itself where it is the lower one, minus it where it is the upper.
-static inline void hadamard16(float* x, int64_t k) {
+static inline Floats butterflies(Floats x) {
     const __m256 one = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
     const __m256 two = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
     const __m256 four = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
@@ -226,11 +226,21 @@ static inline void hadamard16(float* x, int64_t k) {
         v = _mm256_fmadd_ps(v, two, _mm256_permute_ps(v, 0x4e));
         return _mm256_fmadd_ps(v, four, _mm256_permute2f128_ps(v, v, 1));
     };
-    for (int64_t i = 0; i < k; i += 16) {
-        const __m256 low = eight(_mm256_loadu_ps(x + i)), high = eight(_mm256_loadu_ps(x + i + 8));
-        _mm256_storeu_ps(x + i, _mm256_add_ps(low, high));
-        _mm256_storeu_ps(x + i + 8, _mm256_sub_ps(low, high));
-    }
+    const __m256 low = eight(x.low), high = eight(x.high);
+    return {_mm256_add_ps(low, high), _mm256_sub_ps(low, high)};
+}
+static inline Floats load_floats(const float* x) {
+    return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
+}
+static inline void store_floats(Floats x, float* out) {
+    _mm256_storeu_ps(out, x.low);
+    _mm256_storeu_ps(out + 8, x.high);
+}
+static inline Floats plus(Floats a, Floats b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+static inline Floats minus(Floats a, Floats b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
 }
 
 // Digits of rows of three levels: one of 64 bytes each.

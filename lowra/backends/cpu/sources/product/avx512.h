@@ -237,24 +237,22 @@ static inline void sum_batch(const Floats (&x)[16], float* out) {
                                         fold_quarters(fours[2], fours[3])));
 }
 
-// The first four butterflies of a Hadamard transform, within 16 lanes.
-template <int HALF, int LOW>
-static inline Floats butterfly(Floats x) {
-    const Lanes lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const Floats other =
-        _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(HALF)), x);
-    return _mm512_mask_sub_ps(_mm512_add_ps(x, other), __mmask16(~LOW), other, x);
+// The first four butterflies of a Hadamard transform, within 16 lanes: the other of a pair, plus
+// the lane itself where it is the lower one, minus it where it is the upper.
+static inline Floats butterflies(Floats x) {
+    const auto paired = [](Floats x, Floats other, __mmask16 upper) {
+        const Floats one = _mm512_set1_ps(1);
+        return _mm512_fmadd_ps(x, _mm512_mask_sub_ps(one, upper, _mm512_setzero_ps(), one), other);
+    };
+    x = paired(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
+    x = paired(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
+    x = paired(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
+    return paired(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
 }
-static inline void hadamard16(float* x, int64_t k) {
-    for (int64_t i = 0; i < k; i += 16) {
-        Floats v = _mm512_loadu_ps(x + i);
-        v = butterfly<1, 0x5555>(v);
-        v = butterfly<2, 0x3333>(v);
-        v = butterfly<4, 0x0f0f>(v);
-        v = butterfly<8, 0x00ff>(v);
-        _mm512_storeu_ps(x + i, v);
-    }
-}
+static inline Floats load_floats(const float* x) { return _mm512_loadu_ps(x); }
+static inline void store_floats(Floats x, float* out) { _mm512_storeu_ps(out, x); }
+static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+static inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 
 // Digits of rows of three levels: one of 64 bytes each.
 struct Digits {

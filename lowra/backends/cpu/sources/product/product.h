@@ -95,16 +95,16 @@ extern "C" void lowra_turn(const Weight* weight, const void* x, int64_t stride, 
                            int64_t m, Kind kind, int back, int threads) {
     const Weight& w = *weight;
     parallel_rows(m, 8, threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> token(size_t(w.k));
+        float* token = reinterpret_cast<float*>(scratch<OF_PLAIN_TOKEN>(w.k * 4));
         for (int64_t row = begin; row < end; row++) {
-            read_row(x, row * stride, kind, w.k, token.data());
+            read_row(x, row * stride, kind, w.k, token);
             if (back) {
-                hadamard(token.data(), w.k, w.block);
+                hadamard(token, w.k, w.block);
                 for (int64_t i = 0; i < w.k; i++) token[i] *= w.signs[i];
             } else {
-                rotate(w, token.data());
+                rotate(w, token);
             }
-            write_row(out, row * w.k, kind, w.k, token.data());
+            write_row(out, row * w.k, kind, w.k, token);
         }
     });
 }
