@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         save,
         save_adapter,
     )
+    from lowra.backends.cpu.activations import get_activations, set_activations
     from lowra.recipe import Recipe
     from lowra.runtime.adapter_pool import AdapterPool
     from lowra.runtime.session import Session
@@ -39,6 +40,7 @@ __all__ = [
     "export",
     "export_adapter",
     "finetune",
+    "get_activations",
     "load",
     "load_adapter",
     "merge_adapter",
@@ -46,6 +48,7 @@ __all__ = [
     "prepare_training",
     "save",
     "save_adapter",
+    "set_activations",
     "trainable",
 ]
 
@@ -57,6 +60,8 @@ _HOMES = {
     "load": "lowra.api",
     "export": "lowra.api",
     "finetune": "lowra.workflows.finetune",
+    "get_activations": "lowra.backends.cpu.activations",
+    "set_activations": "lowra.backends.cpu.activations",
     "save_adapter": "lowra.api",
     "load_adapter": "lowra.api",
     "merge_adapter": "lowra.api",

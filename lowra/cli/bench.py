@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowra.cli.options import Dtype, DtypeOption, JsonOption, VerboseOption
+from lowra.cli.options import (
+    ActivationsOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    VerboseOption,
+    reading,
+)
 from lowra.cli.sources import load_source, require_tokenizer
 from lowra.cli.tables import print_facts, print_table
 
@@ -31,6 +38,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each line.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="By default as torch has.")] = None,
     dtype: DtypeOption = Dtype.bfloat16,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -43,7 +51,7 @@ def bench(
     before, counts = torch.get_num_threads(), tuple(tokens or (1, 16, 512))
     torch.set_num_threads(threads or before)
     try:
-        with show_progress(), stage("bench", None):
+        with show_progress(), stage("bench", None), reading(activations):
             data: dict[str, Any] = {"model": model, "threads": torch.get_num_threads()}
             if model is None:
                 timings = bench_shapes(counts, getattr(torch, dtype.value), seconds)

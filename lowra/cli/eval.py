@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowra.cli.options import (
+    ActivationsOption,
     Dtype,
     DtypeOption,
     JsonOption,
     ModelArgument,
     VerboseOption,
     read_text,
+    reading,
 )
 from lowra.cli.sources import load_source, require_tokenizer
 from lowra.cli.tables import print_facts
@@ -42,6 +44,7 @@ def eval_model(
         bool, typer.Option("--adapters/--no-adapters", help="With the LoRA adapter, or without.")
     ] = True,
     dtype: DtypeOption = Dtype.bfloat16,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -50,13 +53,14 @@ def eval_model(
     from lowra.workflows.evaluate import held_out_english
 
     words = held_out_english() if text is None else read_text(text)
-    with show_progress():
+    with show_progress(), reading(activations):
         result = _evaluate(model, reference, words, windows, context, adapters, dtype)
     data = {
         "model": model,
         "reference": reference,
         "text": "Python's language reference" if text is None else str(text),
         "adapters": adapters,
+        "activations": None if activations is None else activations.value,
         **result.to_dict(),
     }
     ctx.obj.show(data, lambda console: _render(console, data))

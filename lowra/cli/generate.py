@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from lowra.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, VerboseOption
+from lowra.cli.options import (
+    ActivationsOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    VerboseOption,
+    reading,
+)
 from lowra.cli.sources import load_source, require_tokenizer
 
 
@@ -26,6 +34,7 @@ def generate_text(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what --sample draws.")] = 0,
     dtype: DtypeOption = Dtype.bfloat16,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -37,7 +46,7 @@ def generate_text(
     from lowra.workflows import evaluate
     from lowra.workflows.with_adapter import with_adapter
 
-    with show_progress():
+    with show_progress(), reading(activations):
         loaded, tokenizer = load_source(model, dtype)
         tokenizer = require_tokenizer(tokenizer, model)
         if not evaluate.tokenise(prompt, tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +42,15 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float32 = "float32"
     float16 = "float16"
+
+
+class Activations(StrEnum):
+    """In what type products on packed weights read activations."""
+
+    int16 = "int16"
+    int8 = "int8"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 ModelArgument = Annotated[
@@ -95,6 +105,13 @@ TuneStepsOption = Annotated[
     int | None, typer.Option(help="Steps per block; by default as Recipe says.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="What a dense model is loaded in.")]
+ActivationsOption = Annotated[
+    Activations | None,
+    typer.Option(
+        help="What a CPU reads halves as in products on packed weights; int8 is faster with many "
+        "tokens and loses a little. [int16]"
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 # The group reads these two before it parses anything; see lowra.cli.errors.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -166,6 +183,13 @@ def _width(text: str) -> float | None:
         return int(text)
     whole, point, part = text.partition(".")
     return float(text) if point and whole.isdecimal() and part.isdecimal() else None
+
+
+def reading(activations: Activations | None) -> AbstractContextManager[None]:
+    """Products read activations as the option says for as long as the block runs."""
+    from lowra.backends.cpu import activations as cpu
+
+    return cpu.activations(None if activations is None else activations.value)
 
 
 def read_text(path: Path) -> str:

@@ -119,7 +119,8 @@ def bench_weight(
 
 def kernel_name(packed: tuple[Any, ...], dtype: torch.dtype) -> str:
     """The kernel that serves the packed op arguments on this machine."""
-    from lowra.backends.cpu.product import activations_for, prepared
+    from lowra.backends.cpu.activations import activations_for
+    from lowra.backends.cpu.product import prepared
 
     ready = prepared(packed, activations_for(dtype, packed[5]))
     return "reference" if ready is None else ready.name

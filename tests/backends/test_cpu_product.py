@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowra.backends.cpu import linear, pieces, product, toolchain
+from lowra.backends.cpu.activations import activations_for
 from lowra.backends.cpu.emit import KernelKey, emit, key_of
-from lowra.backends.cpu.tiers import TIERS, Tier, best_tier, runnable
+from lowra.backends.cpu.tiers import TIERS, Tier, best_tier, runnable, usable_flags
 from lowra.compiler.ops import DIRECT
 from lowra.compiler.packing import FORMATS, levels_of, width_of
 from lowra.compiler.rotation import Rotation
@@ -21,7 +22,7 @@ from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 from lowra.runtime.modules import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
-RUNNABLE = runnable(toolchain.cpu_flags())
+RUNNABLE = runnable(usable_flags())
 EVERY_KERNEL = [(tier, name) for tier in RUNNABLE for name in tier.activations]
 NAMES = [f"{tier.name} {name}" for tier, name in EVERY_KERNEL]
 # Error as a share of |x| |w|, before y is rounded to the type of x. bfloat16: x and tables are
@@ -101,16 +102,31 @@ def test_products_equal_float64(tier: Tier, name: str, data: st.DataObject) -> N
         data.draw(st.sampled_from([1, k & -k])), data.draw(st.integers(0, 999)),
     )  # fmt: skip
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    m = data.draw(st.sampled_from([1, 1, 2, 3, 4, 5, 9, 18]))
+    m = data.draw(st.sampled_from([1, 1, 2, 3, 4, 5, 9, 18, 37]))
     check(shape, m, data.draw(st.integers(1, 20)), dtype, tier, name)
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 8, 9])
 def test_rows_of_one_width(width: int) -> None:
     for k in (7, 32, 96, 224, 256, 320, 576, 650, 1000, 1290):
-        name = product.activations_for(torch.bfloat16, k)
+        name = activations_for(torch.bfloat16, k)
         for m in (1, 3, 12):
             check(Shape(33, k, (width,), seed=k), m, 16, torch.bfloat16, best_tier(), name)
+
+
+@pytest.mark.skipif(not best_tier().tiles, reason="no AMX")
+@pytest.mark.parametrize("name", ["int8", "int16"])
+def test_tiles_give_what_lanes_give(name: str) -> None:
+    """Bit for bit, and beside torch's own products, which set up tiles of their own."""
+    amx, lanes = RUNNABLE[:2]
+    for k in (30, 64, 600, 1100):
+        packed = packed_of(Shape(83, k, (1, 2, 3, 4, 9), seed=k))
+        x = torch.randn(100, k, generator=torch.Generator().manual_seed(k)).bfloat16()
+        dense = packed.dequantize(torch.bfloat16)
+        torch_first = x @ dense.T
+        y = launched(x, packed, name, amx)
+        assert torch.equal(y, launched(x, packed, name, lanes))
+        assert torch.equal(torch_first, x @ dense.T)
 
 
 @pytest.mark.parametrize("m", [3, 23])
@@ -226,9 +242,7 @@ def test_every_value_of_a_codebook_is_near_its_integer() -> None:
         packed = packed_of(Shape(4, 1, (2,), group=0, seed=seed))
         dense = packed.dequantize(torch.float64)
         span = float(packed.codebooks.max() - packed.codebooks.min())
-        y = launched(
-            torch.ones(1, 1), packed, product.activations_for(torch.bfloat16, 1), best_tier()
-        )
+        y = launched(torch.ones(1, 1), packed, activations_for(torch.bfloat16, 1), best_tier())
         assert float((y[0].double() - dense[:, 0]).abs().max()) < 2e-3 * span
 
 

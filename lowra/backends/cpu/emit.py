@@ -68,6 +68,7 @@ def emit(key: KernelKey) -> str:
         _part("product/numbers"),
         _part("product/weight"),
         *([_part(f"product/{key.tier.vectors}")] if key.widths else []),
+        _part("product/amx") if key.tier.tiles and element == 1 else "",
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
         *(_part(f"product/{name}") for name in ("rows", "product", "blocks", "values")),

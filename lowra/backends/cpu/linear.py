@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowra.backends.cpu.activations import activations_for
 from lowra.backends.cpu.pieces import backward_by_pieces, forward_by_pieces, values
 from lowra.backends.cpu.product import (
     KINDS,
     Prepared,
-    activations_for,
     check_sizes,
     prepared,
     product,
@@ -43,16 +43,17 @@ ANY_TOKENS = "avx512"
 """Vectors with which rows are multiplied in bytes or halves as fast as torch multiplies."""
 
 SHORT_ROW = 2048
-"""Columns below which, with more than `SOME_TOKENS`, preparing tokens costs more than unpacking."""
+"""Columns below which, with more than `SOME_TOKENS`, preparing tokens costs more than unpacking,
+unless they become bytes."""
 
 SOME_TOKENS = 128
 
 
-def most_tokens(ready: Prepared, k: int) -> int:
+def most_tokens(ready: Prepared, k: int, activations: str) -> int:
     """With more tokens than these, torch multiplies."""
     vectors = best_tier().vectors
     if ready.looked_up and vectors == ANY_TOKENS:
-        return SOME_TOKENS if k < SHORT_ROW else sys.maxsize
+        return SOME_TOKENS if k < SHORT_ROW and activations != "int8" else sys.maxsize
     return FEW_TOKENS[vectors]
 
 
@@ -85,8 +86,9 @@ def forward(
     """Both linear ops, by the number of tokens."""
     k = packed[5]
     if x.dtype in KINDS and x.shape[-1] == k:
-        ready = prepared(packed, activations_for(x.dtype, k))
-        if ready is not None and x.numel() <= k * most_tokens(ready, k):
+        activations = activations_for(x.dtype, k)
+        ready = prepared(packed, activations)
+        if ready is not None and x.numel() <= k * most_tokens(ready, k, activations):
             return product(x, ready, bias, factors)
         ready = prepared(packed, "float32")
         if ready is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,8 @@ from lowra.compiler.packing import levels_of, row_words
 from lowra.compiler.rotation import Rotation, signs
 from lowra.compiler.storage import scale_groups
 
-SWITCH = "LOWRA_CPU_ACTIVATIONS"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_PANELS = 8
-LARGEST_INTEGER_K = 1 << 15
-"""Above it sums of integer products might pass 32 bits."""
 
 
 class _Weight(ctypes.Structure):
@@ -65,20 +61,6 @@ class Prepared:
     """Whether every row is multiplied in bytes or halves."""
     extras: tuple[tuple[Any, ...], int, Any] | None = None
     """Of the last call: what it was given, the address of its structure, what that leads into."""
-
-
-@functools.cache
-def activations_for(dtype: torch.dtype, k: int) -> str:
-    """In what type a product reads activations of `dtype`.
-
-    float32 stays exact. Halves become integers of 15 bits and a scale per token, which is nearer
-    to the true product than rounding to a half is. LOWRA_CPU_ACTIVATIONS chooses another type.
-    """
-    able = best_tier().activations
-    chosen = os.environ.get(SWITCH, "int16")
-    if dtype == torch.float32 or chosen not in able:
-        return "float32"
-    return "float32" if chosen.startswith("int") and k > LARGEST_INTEGER_K else chosen
 
 
 _prepared: dict[tuple[int, str, str], Prepared] = {}

@@ -108,6 +108,32 @@ static void block_tokens(const Weight& w, const Call& c, const Tokens& t, const 
     finish_block<VECTORS, M>(w, c, t, block, token, whole);
 }
 
+#ifdef TILES
+// A block with as many tokens as two sets of inputs hold: of two parts, a set is one part of all.
+constexpr int TILED = 2 * TILE_TOKENS / PARTS;
+
+template <int VECTORS>
+static void block_tiles(const Weight& w, const Call& c, const Tokens& t, const Inputs& inputs,
+                        const Block<VECTORS>& block, int64_t token) {
+    constexpr int TOGETHER = 4;
+    const uint8_t* x = inputs.x + token * PARTS * inputs.stride;
+    const uint8_t* const sets[2] = {x, x + (PARTS == 2 ? 1 : TILE_TOKENS) * inputs.stride};
+    alignas(64) uint8_t sums[2][VECTORS][TILE_TOKENS][SIDE * 4];
+    tile_sums<VECTORS>(sets, PARTS * inputs.stride, block.values, inputs.steps, sums);
+    for (int i = 0; i < TILED; i += TOGETHER) {
+        Floats whole[VECTORS][TOGETHER];
+        for (int v = 0; v < VECTORS; v++)
+            for (int m = 0; m < TOGETHER; m++) {
+                const int at = (i + m) % TILE_TOKENS, first = (i + m) / TILE_TOKENS;
+                const Lanes parts[2] = {load_lanes(sums[first][v][at]),
+                                        load_lanes(sums[1][v][at])};
+                whole[v][m] = as_floats<PARTS>(parts);
+            }
+        finish_block<VECTORS, TOGETHER>(w, c, t, block, token + i, whole);
+    }
+}
+#endif
+
 // Rows first .. end, at most VECTORS * SIDE, side by side; rows past them repeat the last.
 template <int VECTORS>
 static void lay(const Weight& w, const Panels& panels, int64_t first, int64_t end,
@@ -145,6 +171,10 @@ static void block_of(const Weight& w, const Call& c, const Tokens& t, const Pane
     }
     lay<VECTORS>(w, panels, first, end, inputs, memory + laid, memory);
     int64_t m = 0;
+#ifdef TILES
+    const WholeTiles tiles;
+    for (; m + TILED <= c.m; m += TILED) block_tiles<VECTORS>(w, c, t, inputs, block, m);
+#endif
     for (; m + TOGETHER <= c.m; m += TOGETHER)
         block_tokens<VECTORS, TOGETHER>(w, c, t, inputs, block, m);
     for (; m + 2 <= c.m; m += 2) block_tokens<VECTORS, 2>(w, c, t, inputs, block, m);
