@@ -19,8 +19,8 @@ class Tier:
     `needs` are the flags a CPU must report, `options` what the compiler is told, `vectors` the
     header with the vector operations ("" for plain C++), `most_step` the largest integer that a
     looked-up byte may be, `most_tokens` how many tokens of one element per value the registers hold
-    the sums of, `activations` the types that dot products can read, `tiles` whether integers of many
-    tokens are multiplied in AMX's tiles.
+    the sums of, `activations` the types that dot products can read, `tiles` whether AMX multiplies
+    integers of many tokens.
     """
 
     name: str
