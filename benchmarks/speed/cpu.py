@@ -1,6 +1,8 @@
 """Speed on this CPU: kernels, passes, whole models, and peers in the same run.
 
-    python -m benchmarks.speed.cpu [--only products lora onnx passes start model] [--model FOLDER]
+    python -m benchmarks.speed.cpu [--only PART ...] [--model FOLDER]
+
+Parts: products, lora, activations, onnx, passes, start, model.
 
 All comparisons take turns and tell the least time of each side. `model` needs SmolLM2-135M as
 `lowra compile` wrote it (`--model`), peft for the dense LoRA step, and llama-cpp-python for
@@ -27,6 +29,7 @@ from benchmarks.quality.peers.llamacpp_file import run_llama_quantize
 from benchmarks.results_file import FOLDER, environment, write_results
 from benchmarks.speed import models, passes, products
 from lowra.compiler.progress import show_progress, stage
+from lowra.workflows.evaluate import held_out_english, windows
 from lowra.workflows.models import fetch_smollm2, load_model
 
 LLAMA_FILES = ("Q4_0", "Q2_K")
@@ -74,6 +77,18 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"stored_bits": compressed.lowra.report["totals"]["stored_bits"], **result, **_llama()}
 
 
+def _activations(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Products by what they read activations as and, with a model, what that does to its output."""
+    result: dict[str, Any] = {"products": products.read_as(arguments.seconds)}
+    if arguments.model is not None:
+        dense, tokenizer = load_model(fetch_smollm2())
+        compressed: Any = lowra.load(arguments.model)
+        text = windows(held_out_english(), tokenizer, count=16, context=512)
+        result["stored_bits"] = compressed.lowra.report["totals"]["stored_bits"]
+        result["kl"] = models.divergences(dense, compressed, text)
+    return result
+
+
 def _llama() -> dict[str, Any]:
     """llama.cpp on the same model and threads, in the file it came in and in smaller ones."""
     if (lacking := models.llama_missing()) is not None:
@@ -96,6 +111,7 @@ def _onnx(arguments: argparse.Namespace) -> Any:
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "products": lambda a: products.products(a.seconds),
     "lora": lambda a: products.with_lora(a.seconds),
+    "activations": _activations,
     "onnx": _onnx,
     "passes": lambda a: passes.passes(a.seconds),
     "start": lambda _: passes.start(),

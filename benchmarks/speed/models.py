@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowra.backends.cpu.activations import activations
 from lowra.workflows.bench import alternate, tokens_per_second
+from lowra.workflows.evaluate import evaluate
 from lowra.workflows.models import inference
 
 PROMPT, WRITTEN = 16, 64
@@ -45,6 +47,15 @@ def whole_model(dense: nn.Module, compressed: nn.Module, seconds: float) -> Row:
         "lora_step_seconds": steps, "lora_step_ratio": steps["compressed"] / steps["dense"],
         "evaluated_tokens": EVALUATED, "step_tokens": BATCH * CONTEXT, "rank": RANK,
     }  # fmt: skip
+
+
+def divergences(dense: nn.Module, compressed: nn.Module, text: Tensor) -> dict[str, float]:
+    """Mean KL to the dense model, by what products read activations as."""
+    found: dict[str, float] = {}
+    for kind in ("float32", "int16", "int8"):
+        with activations(kind):
+            found[kind] = evaluate(compressed, text, reference=dense).kl or 0.0
+    return found
 
 
 def _evaluation(model: nn.Module, ids: Tensor) -> Callable[[int], object]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowra.backends.cpu.activations import activations
 from lowra.compiler.ops import linear
 from lowra.compiler.packing import TERNARY
 from lowra.workflows.bench import (
@@ -59,6 +60,16 @@ def _lora_row(
     )
     ratio = best["lora"] / best["plain"]
     return {"n": n, "k": k, "width": width, "m": m, "rank": RANK, **best, "ratio": ratio}
+
+
+def read_as(seconds: float) -> list[Row]:
+    """Products that read activations as integers of 15 or of 7 bits, beside torch's bfloat16."""
+    rows: list[Row] = []
+    for kind in ("int16", "int8"):
+        with activations(kind):
+            timings = bench_shapes((16, 64, 512), torch.bfloat16, seconds, widths=(2, 4))
+            rows += [{"activations": kind, **timing.to_dict()} for timing in timings]
+    return rows
 
 
 def beside_onnx(seconds: float) -> list[Row]:

@@ -19,6 +19,8 @@ def speed(data: Mapping[str, Any]) -> Iterator[str]:
             f"takes {min(times):.2f} to {max(times):.2f} times as long on the same shapes and "
             "tokens."
         )
+    if "activations" in parts:
+        yield from _activations(parts["activations"])
     if "lora" in parts:
         worst = max(row["ratio"] for row in parts["lora"]["result"])
         yield f"LoRA of rank 16 adds at most {worst - 1:.0%} to a product of 1 or 16 tokens."
@@ -48,6 +50,20 @@ def _products(part: Mapping[str, Any]) -> Iterator[str]:
     for n, k, bits in dict.fromkeys((row["n"], row["k"], row["bits"]) for row in rows):
         ratios = " | ".join(f"{found[n, k, bits, m]:.2f}" for m in tokens)
         yield f"| {n} x {k} | {bits:.1f} | {ratios} |"
+
+
+def _activations(part: Mapping[str, Any]) -> Iterator[str]:
+    rows, kl = part["result"]["products"], part["result"].get("kl")
+    where = f"{part['processor']}, {part['threads']} threads, {part['date']}"
+    for kind in dict.fromkeys(row["activations"] for row in rows):
+        told = []
+        for m in sorted({row["m"] for row in rows}):
+            ratios = [r["ratio"] for r in rows if r["m"] == m and r["activations"] == kind]
+            told.append(f"{min(ratios):.2f} to {max(ratios):.2f} with {m}")
+        yield f"Activations read as {kind}: times as fast as dense, {', '.join(told)} ({where})."
+    if kl:
+        cost = ", ".join(f"{kind} {value:.5f}" for kind, value in kl.items())
+        yield f"KL of SmolLM2-135M at {part['result']['stored_bits']:.1f} bits to dense: {cost}."
 
 
 def _model(model: Mapping[str, Any]) -> Iterator[str]:

@@ -57,11 +57,11 @@ class Timing:
 
 def bench_shapes(
     tokens: tuple[int, ...], dtype: torch.dtype, seconds: float,
-    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    shapes: tuple[tuple[int, int], ...] = SHAPES, widths: tuple[float, ...] = WIDTHS,
 ) -> Iterator[Timing]:  # fmt: skip
     """Timings of seeded random weights, every width and shape, for each number of tokens."""
     for n, k in shapes:
-        for width in WIDTHS:
+        for width in widths:
             weight = random_weight(n, k, width)
             for m in tokens:
                 yield bench_weight(weight, m, dtype, seconds)

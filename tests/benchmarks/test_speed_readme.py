@@ -17,6 +17,16 @@ def test_every_product_has_its_cell_and_every_part_its_sentence() -> None:
     parts: dict[str, Any] = {
         "products": {**WHERE, "result": PRODUCTS},
         "onnx": {**WHERE, "result": [{"onnx_over_lowra": 1.5}, {"onnx_over_lowra": 2.25}]},
+        "activations": {
+            **WHERE,
+            "result": {
+                "products": [
+                    {"activations": "int8", "m": 16, "ratio": ratio} for ratio in (1.7, 2.3)
+                ],
+                "kl": {"int16": 0.5, "int8": 0.51},
+                "stored_bits": 2.0,
+            },
+        },
         "lora": {**WHERE, "result": [{"ratio": 1.02}, {"ratio": 1.08}]},
         "start": {**WHERE, "result": {"first_use_seconds": 2.3, "cached_seconds": 0.003}},
     }
@@ -25,6 +35,8 @@ def test_every_product_has_its_cell_and_every_part_its_sentence() -> None:
     assert "| 8 x 16 | 4.0 | 5.00 | 20.00 |" in text
     assert "1.50 to 2.25 times as long" in text
     assert "at most 8%" in text
+    assert "int8: times as fast as dense, 1.70 to 2.30 with 16 (A CPU, 2 threads" in text
+    assert "int16 0.50000, int8 0.51000" in text
     assert "2.3 s to build, 3 ms from the cache" in text
 
 

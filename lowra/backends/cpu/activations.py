@@ -34,8 +34,8 @@ def set_activations(kind: str) -> None:
     """From now on, read bfloat16 and float16 activations as `kind` in products on a CPU.
 
     "int16" (the default) is 15 bits and a scale per token: nearer to the true product than a half
-    is. "int8" is 7 bits and a scale per token: up to twice as fast with 16 tokens and more, at a
-    measured loss (docs/guide-recipes.md). "bfloat16" and "float32" convert. A CPU that cannot do
+    is. "int8" is 7 bits and a scale per token: faster with many tokens, and a little less exact
+    (README, Speed on a CPU, has both). "bfloat16" and "float32" convert. A CPU that cannot do
     the chosen one takes float32, as float32 activations always do. Raises LowraError for another
     kind.
     """
