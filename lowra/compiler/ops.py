@@ -8,6 +8,7 @@ the same names. Every op takes the packed arguments of `PackedWeight.op_args`:
 
     dequantize             -> W [n, k]
     dequantize_backward    dL/dW [n, k] -> dL/dcodebooks, dL/dscales
+    table_gradients        dL/dy [m, n], x [m, k] -> the same, for y = x W'
     quantized_linear       x [..., k] -> x W' + bias
     input_gradient         dL/dy [..., n] -> dL/dx = dL/dy W, for frozen codebooks and scales
     quantized_linear_lora  x [..., k] -> x W' + bias + scaling * (x A') B',  A [r, k], B [n, r]
@@ -30,6 +31,7 @@ PACKED_COUNT = 9
 LIBRARY = torch.library.Library("lowra", "DEF")
 LIBRARY.define(f"dequantize({PACKED}, ScalarType dtype) -> Tensor")
 LIBRARY.define(f"dequantize_backward(Tensor grad, {PACKED}) -> (Tensor, Tensor)")
+LIBRARY.define(f"table_gradients(Tensor grad, Tensor x, {PACKED}) -> (Tensor, Tensor)")
 LIBRARY.define(f"quantized_linear(Tensor x, {PACKED}, Tensor? bias) -> Tensor")
 LIBRARY.define(
     f"quantized_linear_lora(Tensor x, {PACKED}, Tensor? bias, "
@@ -54,8 +56,21 @@ def _(codes, codebooks, scales, order, panels, k, group, seed, block, dtype):  #
 
 @torch.library.register_fake("lowra::dequantize_backward")
 def _(grad, codes, codebooks, scales, *rest):  # type: ignore[no-untyped-def]
-    grad_scales = codebooks.new_empty((0,)) if scales is None else torch.empty_like(scales)
-    return torch.empty_like(codebooks), grad_scales
+    return _like_tables(grad, codebooks, scales)
+
+
+@torch.library.register_fake("lowra::table_gradients")
+def _(grad, x, codes, codebooks, scales, *rest):  # type: ignore[no-untyped-def]
+    return _like_tables(grad, codebooks, scales)
+
+
+def _like_tables(grad: Tensor, codebooks: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float32, or float64 where the gradient is: sums of many products."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    shape = (0,) if scales is None else scales.shape
+    return codebooks.new_empty(codebooks.shape, dtype=dtype), codebooks.new_empty(
+        shape, dtype=dtype
+    )
 
 
 @torch.library.register_fake("lowra::quantized_linear")
@@ -84,14 +99,16 @@ def _restore(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     return (*saved[:4], *ctx.layout), saved[4:]
 
 
-def _table_grads(
-    grad_weight: Tensor, packed: tuple[Any, ...], needs: tuple[bool, ...]
+def _asked(
+    grads: tuple[Tensor, Tensor], packed: tuple[Any, ...], needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of codebooks and scales, where `needs` (of codes, codebooks, scales) asks."""
-    if not (needs[1] or needs[2]):
-        return None, None
-    tables, scales = torch.ops.lowra.dequantize_backward(grad_weight, *packed)
-    return (tables if needs[1] else None), (scales if needs[2] else None)
+    """Gradients of codebooks and scales in their dtypes, where `needs` (of codes, codebooks,
+    scales) asks."""
+    codebooks, scales = packed[1:3]
+    return (
+        grads[0].to(codebooks.dtype) if needs[1] else None,
+        grads[1].to(scales.dtype) if needs[2] else None,
+    )
 
 
 def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,7 +116,10 @@ def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _dequantize_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tables, scales = _table_grads(grad, _restore(ctx)[0], ctx.needs_input_grad[:3])
+    packed, needs = _restore(ctx)[0], ctx.needs_input_grad[:3]
+    tables, scales = None, None
+    if needs[1] or needs[2]:
+        tables, scales = _asked(torch.ops.lowra.dequantize_backward(grad, *packed), packed, needs)
     return (None, tables, scales, *[None] * 7)
 
 
@@ -114,7 +134,8 @@ def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = torch.ops.lowra.input_gradient(grad, *packed) if needs[0] else None
     tables, scales = None, None
     if needs[2] or needs[3]:
-        tables, scales = _table_grads(rows.T @ x.reshape(-1, x.shape[-1]), packed, needs[1:4])
+        grads = torch.ops.lowra.table_gradients(rows, x.reshape(-1, x.shape[-1]), *packed)
+        tables, scales = _asked(grads, packed, needs[1:4])
     grad_bias = rows.sum(0) if needs[10] else None
     return (grad_x, None, tables, scales, *[None] * 6, grad_bias)
 
@@ -145,7 +166,8 @@ def _lora_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         ).view(x.shape)
     tables, scales = None, None
     if needs[2] or needs[3]:
-        tables, scales = _table_grads(rows.T @ inputs, packed, needs[1:4])
+        grads = torch.ops.lowra.table_gradients(rows, inputs, *packed)
+        tables, scales = _asked(grads, packed, needs[1:4])
     grad_bias = rows.sum(0) if needs[10] else None
     grad_a = (grad_h.T @ inputs).to(lora_a.dtype) if needs[11] else None
     hidden = inputs @ lora_a.to(inputs.dtype).T

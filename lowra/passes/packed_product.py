@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowra.compiler.packing import levels_of
 from lowra.compiler.storage import PackedWeight
 from lowra.passes.feedback import scale_index
 from lowra.passes.latents import level_grads, look_up
@@ -73,23 +72,3 @@ def _panel_grads(panel: Panel, packed: PackedWeight, grad: Tensor) -> tuple[Tens
         return levels, products.sum(1)
     padded = functional.pad(products, (0, groups * packed.group - packed.k))
     return levels, padded.view(rows, groups, packed.group).sum(2)
-
-
-def spacings(packed: PackedWeight) -> Tensor:
-    """The mean distance between the levels of each codebook value's table, flat float32."""
-    tables = _tables(packed, packed.codebooks.float())
-    steps = [(t[:, -1:] - t[:, :1]) / (t.shape[1] - 1) for t in tables]
-    return torch.cat([s.expand_as(t).reshape(-1) for s, t in zip(steps, tables, strict=True)])
-
-
-def ascending(packed: PackedWeight, codebooks: Tensor) -> Tensor:
-    """Flat codebooks with no level below the one before it, as the compiler writes them."""
-    tables = _tables(packed, codebooks)
-    return torch.cat([table.cummax(1).values.reshape(-1) for table in tables])
-
-
-def _tables(packed: PackedWeight, codebooks: Tensor) -> list[Tensor]:
-    """The codebooks by panel, [1 or rows, L]."""
-    counts = [(1 if packed.shared else rows, levels_of(id)) for id, rows in packed.panels]
-    parts = codebooks.split([tables * size for tables, size in counts])
-    return [part.view(shape) for part, shape in zip(parts, counts, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.facts import ModelTuning, Packed, Statistics
+from lowra.compiler.levels import ascending, spacings
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
@@ -18,7 +19,7 @@ from lowra.passes.adam import Adam
 from lowra.passes.block_runner import Linears, Product
 from lowra.passes.model_training import require_next_tokens, train
 from lowra.passes.moments import output_error
-from lowra.passes.packed_product import ascending, packed_product, spacings
+from lowra.passes.packed_product import packed_product
 from lowra.passes.tuning import with_tensors
 
 

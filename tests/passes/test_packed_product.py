@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowra.compiler.levels import ascending, spacings
 from lowra.compiler.storage import PackedWeight, with_tables
-from lowra.passes.packed_product import ascending, packed_product, spacings
+from lowra.passes.packed_product import packed_product
 from lowra.passes.panels import rotated_values, take_apart
 from tests.passes.test_latents import LAYOUTS, K, N, packed
 

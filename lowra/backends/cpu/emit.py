@@ -71,7 +71,7 @@ def emit(key: KernelKey) -> str:
         _part("product/amx") if key.tier.tiles and element == 1 else "",
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
-        *(_part(f"product/{name}") for name in ("rows", "product", "blocks", "values")),
+        *(_part(f"product/{name}") for name in ("rows", "product", "blocks", "values", "sums")),
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),

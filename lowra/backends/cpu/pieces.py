@@ -21,7 +21,7 @@ PIECE_BYTES = 8 << 20
 """Of unpacked weights that torch multiplies at a time: what a core's share of cache holds."""
 
 
-class _Part(ctypes.Structure):
+class Part(ctypes.Structure):
     """`Part` of sources/product/weight.h."""
 
     _fields_ = [
@@ -45,7 +45,7 @@ def values(
     rows, columns = rows or slice(0, weight.n), columns or slice(0, weight.k)
     shape = (rows.stop - rows.start, columns.stop - columns.start)
     out = _scratch(shape, dtype) if reuse else torch.empty(shape, dtype=dtype)
-    part = _Part(out.data_ptr(), rows.start, rows.stop, columns.start, columns.stop, KINDS[dtype])
+    part = Part(out.data_ptr(), rows.start, rows.stop, columns.start, columns.stop, KINDS[dtype])
     ready.kernel.lowra_values(ready.address, ctypes.addressof(part), torch.get_num_threads())
     return out
 

@@ -177,6 +177,7 @@ def _kernel(key: KernelKey) -> Any:
         (library.lowra_product, (at, at, at, at, size, size, number, number)),
         (library.lowra_turn, (at, at, size, at, size, number, number, number)),
         (library.lowra_values, (at, at, number)),
+        (library.lowra_code_sums, (at, at, at, number)),
     ):
         function.argtypes, function.restype = arguments, None
     return library

@@ -75,8 +75,32 @@ def dequantize_backward(
     With G the gradient in stored coordinates: dL/dc_j = sum of s G over weights of code j, and
     dL/ds_g = sum of c[code] G over the weights of group g.
     """
+    turned = rotate(grad.to(_working_dtype(grad.dtype)), Rotation(seed, block))
+    return _of_tables(turned, codes, codebooks, scales, order, panels, k, group)
+
+
+def table_gradients(
+    grad: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None,
+    order: Tensor, panels: list[int], k: int, group: int, seed: int, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dL/dcodebooks and dL/dscales of y = x W' from dL/dy [m, n] and x [m, k].
+
+    dL/dW = dL/dy' x is that of the rotated inputs where the weight is stored for them.
+    """
     working = _working_dtype(grad.dtype)
-    stored = rotate(grad.to(working), Rotation(seed, block))[order.long()]
+    turned = rotate(x.to(working), Rotation(seed, block))
+    return _of_tables(
+        grad.to(working).T @ turned, codes, codebooks, scales, order, panels, k, group
+    )
+
+
+def _of_tables(
+    grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of codebooks and scales from that of W [n, k] in stored coordinates."""
+    working = grad.dtype
+    stored = grad[order.long()]
     tables = codebooks.to(working)
     groups = scale_groups(k, group)
     factors = None if scales is None else scales.to(working).view(-1, groups)
@@ -91,9 +115,7 @@ def dequantize_backward(
             g = g * _scale_columns(factors[row : row + rows], k, group)
         offset = 0 if shared else levels * torch.arange(rows, device=g.device).view(-1, 1)
         grad_tables[where].index_add_(0, (fields + offset).reshape(-1), g.reshape(-1))
-    if scales is None:
-        return grad_tables.to(codebooks.dtype), codebooks.new_empty((0,))
-    return grad_tables.to(codebooks.dtype), grad_factors.reshape(scales.shape).to(scales.dtype)
+    return grad_tables, grad_factors.reshape(-1)
 
 
 Rows = Callable[..., Tensor]
@@ -148,5 +170,9 @@ def kernels(stored_rows: Rows) -> dict[str, Callable[..., Tensor]]:
     return {op.__name__: op for op in ops}
 
 
-for _name, _kernel in {**kernels(stored_rows), "dequantize_backward": dequantize_backward}.items():
+_kernels = {
+    **kernels(stored_rows), "dequantize_backward": dequantize_backward,
+    "table_gradients": table_gradients,
+}  # fmt: skip
+for _name, _kernel in _kernels.items():
     torch.library.impl(f"lowra::{_name}", "CompositeExplicitAutograd", _kernel, lib=LIBRARY)
