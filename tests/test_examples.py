@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from safetensors.torch import load_file
 
-from lowra.runtime.modules import is_lora
+from lowra.runtime.quantized_module import is_lora
 from lowra.runtime.training import MARK
 from tests.cli.conftest import letters
 from tests.models import tiny_llama

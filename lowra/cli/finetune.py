@@ -71,9 +71,13 @@ def finetune_model(
         int | None, typer.Option(help="Stop after so many evaluations without a better loss.")
     ] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints kept beside the best. [2]")] = None,
-    train_norms: Annotated[
-        bool, typer.Option("--train-norms", help="Train the norms beside the adapters.")
-    ] = False,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="adapters,norms,codebooks,scales",
+            help="What trains, parted by commas. [adapters]",
+        ),
+    ] = None,
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing", help="Recompute activations: less memory.")
     ] = None,
@@ -100,7 +104,9 @@ def finetune_model(
     from lowra.workflows.training_settings import TrainingSettings
 
     given = {name: ctx.params[name] for name in FIELDS if ctx.params[name] is not None}
-    settings = TrainingSettings.from_dict(given | {"extras": ("norms",) if train_norms else ()})
+    if train is not None:
+        given["train"] = tuple(part.strip() for part in train.split(","))
+    settings = TrainingSettings.from_dict(given)
     check_output(out, overwrite)
     whole = out.expanduser().absolute()
     folder = work_dir or whole.with_name(f"{whole.name}.training")
@@ -159,7 +165,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     trained = data["trainable"]
     facts = {
         "steps": f"{data['steps']}" + (", stopped early" if data["stopped_early"] else ""),
-        "trained": f"{trained['adapters'] + trained['norms']:,} of {trained['total']:,} parameters",
+        "trained": f"{trained['trained']:,} of {trained['total']:,} parameters",
         "data": f"{data['data']['rows']} rows, {data['data']['tokens']:,} tokens",
         "peak memory": f"{data['peak_bytes'] / 1e9:.2f} GB",
         "seconds": f"{data['seconds']:.1f}",

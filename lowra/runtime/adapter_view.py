@@ -14,6 +14,7 @@ from lowra.runtime.compiled import Compiled
 from lowra.runtime.manifest import checksum
 from lowra.runtime.module_view import AdapterFactors, quantized_linears
 from lowra.runtime.modules import QuantizedLinear
+from lowra.runtime.trained_tables import is_offset
 
 
 def factors_of(model: nn.Module) -> dict[str, AdapterFactors]:
@@ -57,8 +58,10 @@ def base_of(model: nn.Module, info: Compiled, *, with_adapter: bool = False) -> 
 
 
 def _under(layer: QuantizedLinear, with_adapter: bool) -> dict[str, Tensor]:
+    """Tables in training as they are rounded: an adapter belongs to what it trained beside."""
     left_out = ("bias",) if with_adapter else ("bias", "lora_A", "lora_B")
-    return {role: tensor for role, tensor in layer.state_dict().items() if role not in left_out}
+    state = layer.state_dict()
+    return {r: t for r, t in state.items() if r not in left_out and not is_offset(f".{r}")}
 
 
 def is_wrapped(model: nn.Module, info: Compiled) -> bool:

@@ -21,7 +21,7 @@ from lowra.compiler.storage import ROLES, PackedWeight, from_tensors
 from lowra.runtime.compiled import Compiled
 from lowra.runtime.manifest import MANIFEST, check_sums, read_manifest, stored_tensors
 from lowra.runtime.module_view import place, put_adapter
-from lowra.runtime.modules import QuantizedModule, is_lora
+from lowra.runtime.quantized_module import QuantizedModule, is_lora
 from lowra.runtime.training import attach
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -31,7 +31,10 @@ from lowra.runtime.manifest import (
     manifest_checksum,
     stored_tensors,
 )
-from lowra.runtime.modules import QuantizedLinear, QuantizedModule, is_lora
+from lowra.runtime.modules import QuantizedLinear
+from lowra.runtime.quantized_module import QuantizedModule, is_lora
+from lowra.runtime.trained_norms import as_stored
+from lowra.runtime.trained_tables import is_offset
 from lowra.version import __version__
 
 SHARD_SIZE = "5GB"
@@ -89,7 +92,8 @@ def written_whole(target: Path) -> Iterator[Path]:
 def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    state = _distinct({n: t for n, t in model.state_dict().items() if not is_lora(n)})
+    kept = {n: t for n, t in model.state_dict().items() if not (is_lora(n) or is_offset(n))}
+    state = _distinct(as_stored(model, kept))
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
     if factors := factors_of(model):
         names = [name for name, _ in model.named_modules()]

@@ -13,7 +13,8 @@ from lowra.compiler.errors import AdapterError
 from lowra.runtime.adapter_view import factors_of, require_unwrapped
 from lowra.runtime.checkpoint_reader import unfilled
 from lowra.runtime.compiled import Compiled, compiled
-from lowra.runtime.modules import QuantizedLinear, QuantizedModule
+from lowra.runtime.modules import QuantizedLinear
+from lowra.runtime.quantized_module import QuantizedModule
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -18,11 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowra.compiler.errors import CheckpointError
+from lowra.compiler.errors import CheckpointError, nearest
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.manifest import checksum
 from lowra.runtime.module_view import quantized_linears
-from lowra.runtime.modules import QuantizedModule, is_lora
+from lowra.runtime.quantized_module import QuantizedModule, is_lora
+from lowra.runtime.trained_norms import hold_norm
+from lowra.runtime.trained_tables import TABLES, TrainedTables, is_offset
 
 MARK = "lowra.base"
 """In a Trainer checkpoint: uint8 [3, 32], the sha256 of what `DIGESTS` names."""
@@ -30,28 +33,31 @@ MARK = "lowra.base"
 DIGESTS = ("original model", "recipe", "compressed weights")
 STATE = "model.safetensors"
 NOTE = "lowra_training.json"
-EXTRAS = ("norms",)
-"""What may train beside the adapters."""
+PARTS = ("adapters", "norms", *TABLES)
+"""What may train."""
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """How many parameters train: of the adapters, of norms, and out of how many of the model.
+    """How many parameters train: of each of `PARTS`, and out of how many of the model.
 
     A compressed weight [n, k] counts as n * k. `bytes` is what the trained ones take in memory.
     """
 
     adapters: int
     norms: int
+    codebooks: int
+    scales: int
     total: int
     bytes: int
 
     @property
     def trained(self) -> int:
-        return self.adapters + self.norms
+        return self.adapters + self.norms + self.codebooks + self.scales
 
     def __str__(self) -> str:
-        beside = f" (of these norms: {self.norms:,})" if self.norms else ""
+        others = [f"{part} {getattr(self, part):,}" for part in PARTS[1:] if getattr(self, part)]
+        beside = f" (of these {', '.join(others)})" if others else ""
         return (
             f"trainable params: {self.trained:,}{beside} || all params: {self.total:,} || "
             f"trainable%: {100 * self.trained / max(self.total, 1):.4f}"
@@ -62,49 +68,81 @@ def trainable(model: nn.Module) -> Trainable:
     """The report of `print(trainable(model))`, as peft's `print_trainable_parameters` gives it."""
     named = dict(model.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
-    adapters = sum(p.numel() for name, p in trained.items() if is_lora(name))
+    count = dict.fromkeys(PARTS, 0)
+    for name, parameter in trained.items():
+        count[_part_of(name)] += parameter.numel()
     layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     packed = {layer.codes.data_ptr(): layer.n * layer.k for layer in layers}
+    dense = sum(p.numel() for name, p in named.items() if not is_offset(name))
     return Trainable(
-        adapters,
-        sum(p.numel() for p in trained.values()) - adapters,
-        sum(p.numel() for p in named.values()) + sum(packed.values()),
-        sum(p.numel() * p.element_size() for p in trained.values()),
-    )
+        **count, total=dense + sum(packed.values()),
+        bytes=sum(p.numel() * p.element_size() for p in trained.values()),
+    )  # fmt: skip
+
+
+def _part_of(name: str) -> str:
+    """Which of `PARTS` a trained parameter is of; what else a user trains counts as norms."""
+    if is_offset(name):
+        return name.rpartition(".")[2]
+    return "adapters" if is_lora(name) else "norms"
 
 
 def prepare_training(
-    model: nn.Module, extras: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+    model: nn.Module, train: Sequence[str] = ("adapters",), dtype: torch.dtype = torch.float32
 ) -> Trainable:
-    """Make the adapters, and with `extras` ("norms",) the norms, the only parameters that train.
+    """Make these parts of a compiled model, out of `PARTS`, the only parameters that train.
 
     They are held in `dtype`, float32 as peft does it: an optimiser's small steps are lost in
-    bfloat16. Products run in the dtype of the activations all the same. Raises CheckpointError for
-    a model that lowra did not compile, or that has no adapter, ValueError for another extra.
+    bfloat16. Products run in the dtype of the activations all the same. "codebooks" and "scales"
+    train as offsets from what they are now (`TrainedTables`); once they no longer train, or the
+    model is saved, the tables are what training made of them. Raises CheckpointError for a model
+    that lowra did not compile, or that lacks what shall train; ValueError for another part.
     """
     if compiled(model) is None:
         raise CheckpointError("this model was not compiled by lowra; call lowra.compile first")
-    if not any(layer.rank for layer in quantized_linears(model).values()):
+    check_parts(train)
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    if "adapters" in train and not any(layer.rank for layer in quantized_linears(model).values()):
         raise CheckpointError("this model has no adapter to train: compile it with a rank above 0")
-    for name in extras:
-        if name not in EXTRAS:
-            raise ValueError(f"{name!r} cannot be trained beside the adapters; only {EXTRAS}")
-    norms = _norms(model) if "norms" in extras else set()
+    if "scales" in train and all(layer.scales is None for layer in layers):
+        raise CheckpointError("this model has no scales to train: its codebooks carry them")
+    _train_tables(layers, [part for part in train if part in TABLES], dtype)
+    norms = _norms(model) if "norms" in train else {}
+    for norm in norms.values():
+        hold_norm(norm, dtype)
+    trained = {id(p) for norm in norms.values() for p in norm.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_lora(name) or name in norms)
+        adapter = is_lora(name) and "adapters" in train
+        parameter.requires_grad_(adapter or is_offset(name) or id(parameter) in trained)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return trainable(model)
 
 
-def _norms(model: nn.Module) -> set[str]:
-    """Names of the parameters of normalisation layers, which are told by their class's name."""
-    return {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        for leaf, _ in module.named_parameters(recurse=False)
-    }
+def check_parts(train: Sequence[str]) -> None:
+    """Raise ValueError unless these are parts that may train."""
+    for part in train:
+        if part not in PARTS:
+            raise ValueError(f"{part!r} is nothing that trains; {nearest(part, PARTS)}")
+    if not train:
+        raise ValueError(f"nothing is to train: name some of {', '.join(PARTS)}")
+
+
+def _train_tables(layers: list[QuantizedModule], roles: list[str], dtype: torch.dtype) -> None:
+    """Let the tables of these roles train, from what they are now, and no other."""
+    shared: dict[int, TrainedTables] = {}
+    for layer in layers:
+        start = layer.stored()
+        layer.tables = None
+        if roles:
+            place = layer.codes.data_ptr()
+            shared.setdefault(place, TrainedTables(start, roles, dtype))
+            layer.tables = shared[place]
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Normalisation layers, which are told by their class's name."""
+    return {n: m for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
 
 
 def set_dropout(model: nn.Module, share: float) -> None:
@@ -150,11 +188,12 @@ def save_trained(
 def base_mark(model: nn.Module) -> Tensor:
     """uint8 [3, 32]: sha256 of the original model, of the recipe and of the compressed weights."""
     info = _info(model)
-    packed = {n for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
     weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.rpartition(".")[0] in packed and not is_lora(name) and not name.endswith(".bias"):
-            weights.update(f"{name} {checksum(tensor)}".encode())
+    for name, module in sorted(model.named_modules(), key=lambda named: named[0]):
+        if isinstance(module, QuantizedModule):
+            weight = module.stored() if module.tables is None else module.tables.start
+            for role, tensor in sorted(weight.tensors().items()):
+                weights.update(f"{name}.{role} {checksum(tensor)}".encode())
     recipe = json.dumps(dict(info.recipe), sort_keys=True, default=str).encode()
     digests = (
         hashlib.sha256(info.fingerprint.encode()).digest(), hashlib.sha256(recipe).digest(),

@@ -58,7 +58,7 @@ def finetune(
     """
     settings = _settings(settings, options)
     _require_accelerate()
-    counts = prepare_training(model, settings.extras)
+    counts = prepare_training(model, settings.train)
     require_language_model(model)
     folder = Path(work_dir).expanduser()
     if not isinstance(data, TrainingData):

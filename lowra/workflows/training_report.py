@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -36,8 +37,7 @@ def make_report(
         "stopped_early": state.global_step < state.max_steps,
         "epochs": state.epoch,
         "trainable": {
-            "adapters": counts.adapters, "norms": counts.norms, "total": counts.total,
-            "bytes": counts.bytes,
+            **dataclasses.asdict(counts), "trained": counts.trained,
         },
         "before": evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None,
         "best": best,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowra.compiler.storage import PackedWeight
-from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear
+from lowra.runtime.quantized_module import QuantizedModule
 from tests.compiler.packed_weights import Case, packed_with_dense
 
 WIDTHS = (1, 4, 2, 8, 3, 1, 4, 2)

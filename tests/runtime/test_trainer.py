@@ -14,7 +14,7 @@ from torch import nn
 
 import lowra
 from lowra.compiler.errors import CheckpointError
-from lowra.runtime.modules import is_lora
+from lowra.runtime.quantized_module import is_lora
 from lowra.runtime.training import MARK, prepare_training, trainable
 from tests.models import VOCAB, tiny_llama
 from tests.runtime.compiled_models import SMALL, compiled_stack, low_llama
@@ -158,7 +158,7 @@ def test_training_state_of_another_base_is_refused(tmp_path: Path) -> None:
 def test_training_state_of_another_choice_of_what_trains_is_refused(tmp_path: Path) -> None:
     trainer(student(), tmp_path).train()
     model = student()
-    prepare_training(model, ("norms",))
+    prepare_training(model, ("adapters", "norms"))
     state = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     with pytest.raises(CheckpointError, match="trains in the model and not in the checkpoint"):
         model.load_state_dict(state, strict=False)
@@ -175,7 +175,7 @@ def test_whole_state_dicts_are_loaded_as_before() -> None:
 
 def test_norms_train_where_they_are_asked_for(tmp_path: Path) -> None:
     model = student()
-    report = prepare_training(model, ("norms",))
+    report = prepare_training(model, ("adapters", "norms"))
     assert report.norms == 64 * 3
     before = cast("Any", model).model.norm.weight.clone()
     trainer(model, tmp_path).train()
@@ -209,5 +209,5 @@ def test_factors_of_a_half_precision_model_train_in_float32() -> None:
 def test_what_cannot_train_is_refused() -> None:
     with pytest.raises(CheckpointError, match="not compiled by lowra"):
         prepare_training(tiny_llama(layers=1))
-    with pytest.raises(ValueError, match="'heads' cannot be trained"):
+    with pytest.raises(ValueError, match="'heads' is nothing that trains"):
         prepare_training(copy.deepcopy(compiled_stack().compiled), ("heads",))

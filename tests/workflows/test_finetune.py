@@ -151,7 +151,8 @@ def test_early_stopping_stops_where_the_loss_gets_no_better(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "options",
-    [{"checkpointing": True}, {"autocast": True}, {"accumulation": 2}, {"extras": ("norms",)},
+    [{"checkpointing": True}, {"autocast": True}, {"accumulation": 2},
+     {"train": ("adapters", "norms", "codebooks", "scales")},
      {"long": "truncate"}],
 )  # fmt: skip
 def test_every_way_to_train_lowers_the_loss(options: dict[str, Any], tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         ({"patience": True}, "patience=True"),
         ({"eval_share": 1}, "eval_share=1 must be a number of 0 or more and below 1"),
         ({"schedule": "cosin"}, "nearest: cosine"),
-        ({"extras": ("norm",)}, "nearest: norms"),
+        ({"train": ("adapters", "norm")}, "nearest: norms"),
         ({"lr": 1}, "no setting 'lr'"),
     ],
 )

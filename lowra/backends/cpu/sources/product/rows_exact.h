@@ -2,12 +2,13 @@
 // needs that no integers can hold.
 
 // Adds the fields of one plane, `bits` wide, to the codes of a row at bit `shift`.
-static void unpack(const uint32_t* words, int64_t columns, int bits, int shift, uint8_t* codes) {
+static void unpack(const uint32_t* __restrict words, int64_t columns, int bits, int shift,
+                   uint8_t* __restrict codes) {
     for (int64_t k0 = 0; k0 < columns; k0 += TILE) {
         const int64_t count = std::min(TILE, columns - k0) * bits / WORD;
         const uint32_t mask = (1u << bits) - 1;
         for (int field = 0; field < WORD / bits; field++) {
-            uint8_t* to = codes + k0 + field * count;
+            uint8_t* __restrict to = codes + k0 + field * count;
             for (int64_t v = 0; v < count; v++)
                 to[v] |= uint8_t(((words[v] >> (field * bits)) & mask) << shift);
         }
