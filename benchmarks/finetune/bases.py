@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lowra
 from benchmarks.quality.ours import paper_code_bits
 from benchmarks.quality.protocol import Task, with_weights
+from lowra.runtime.training import PARTS
 
 RANK = 16
 
@@ -26,16 +27,17 @@ class Base:
 
 
 def base_of(name: str, task: Task) -> Base:
-    """`original`, `nf4`, `loftq-4`, `loftq-2`, `default BITS` or `lowra BITS`. Raises ValueError
-    for another name, or a budget that a preset cannot keep."""
-    kind, _, bits = name.partition(" ")
+    """`original`, `nf4`, `loftq-4`, `loftq-2`, `default BITS` or `lowra BITS`; with ` all` behind
+    it, norms, codebooks and scales train too, and with ` tuned`, the base is tuned before. Raises
+    ValueError for another name, or a budget that a preset cannot keep."""
+    kind, bits, *more = *name.split(" "), ""
     makers: Mapping[str, Callable[[], Base]] = {
         "original": lambda: Base(with_lora(copy.deepcopy(task.model)), 16.0),
         "nf4": lambda: _of_peer(task, "nf4", "nf4"),
         "loftq-4": lambda: _of_peer(task, "loftq", "loftq-4"),
         "loftq-2": lambda: _of_peer(task, "loftq", "loftq-2"),
-        "default": lambda: _compiled(task, "default", float(bits)),
-        "lowra": lambda: _compiled(task, "lowra", float(bits)),
+        "default": lambda: _compiled(task, "default", float(bits), more),
+        "lowra": lambda: _compiled(task, "lowra", float(bits), more),
     }
     if kind not in makers:
         raise ValueError(f"{name!r} is no base; {', '.join(makers)}")
@@ -76,7 +78,7 @@ def _of_peer(task: Task, peer: str, setting: str) -> Base:
     return Base(with_lora(model, made.adapters or None), made.bits / task.weight_count)
 
 
-def _compiled(task: Task, preset: str, bits: float) -> Base:
+def _compiled(task: Task, preset: str, bits: float, more: list[str]) -> Base:
     budget = bits if preset == "default" else paper_code_bits(task.model, bits)
     if budget is None:
         raise ValueError(f"preset {preset} cannot store {bits:g} bits per weight")
@@ -86,10 +88,11 @@ def _compiled(task: Task, preset: str, bits: float) -> Base:
         given = {
             "calibration": task.calibration, "context": context,
             "calibration_tokens": windows * context,
+            "tune": "full" if "tuned" in more else "none",
         }  # fmt: skip
     model = lowra.compile(
         task.model, bit_budget=budget, preset=preset, rank=RANK, alpha=RANK,
         work_dir=task.work_dir, **given,
     )  # fmt: skip
-    lowra.prepare_training(model)
+    lowra.prepare_training(model, PARTS if "all" in more else ("adapters",))
     return Base(model, model.lowra.report["totals"]["stored_bits"])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.cpu [--only PART ...] [--model FOLDER]
 
-Parts: products, lora, activations, onnx, passes, start, model.
+Parts: products, lora, activations, tables, onnx, passes, start, model.
 
 All comparisons take turns and tell the least time of each side. `model` needs SmolLM2-135M as
 `lowra compile` wrote it (`--model`), peft for the dense LoRA step, and llama-cpp-python for
@@ -112,6 +112,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "products": lambda a: products.products(a.seconds),
     "lora": lambda a: products.with_lora(a.seconds),
     "activations": _activations,
+    "tables": lambda a: products.table_gradients(a.seconds),
     "onnx": _onnx,
     "passes": lambda a: passes.passes(a.seconds),
     "start": lambda _: passes.start(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.cpu.activations import activations
+from lowra.backends.reference import linear as linear_reference
 from lowra.compiler.ops import linear
 from lowra.compiler.packing import TERNARY
 from lowra.workflows.bench import (
@@ -70,6 +72,33 @@ def read_as(seconds: float) -> list[Row]:
             timings = bench_shapes((16, 64, 512), torch.bfloat16, seconds, widths=(2, 4))
             rows += [{"activations": kind, **timing.to_dict()} for timing in timings]
     return rows
+
+
+def table_gradients(seconds: float) -> list[Row]:
+    """Gradients of codebooks and scales: in C++, in plain torch, and the product that both need."""
+    n, k, m = 4096, 4096, 512
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (1, 2, 4):
+            packed = random_weight(n, k, width).op_args()
+            grad, x = _tokens(m, n).to(dtype), _tokens(m, k).to(dtype)
+            best = _best(
+                seconds,
+                lowra=partial(_run, torch.ops.lowra.table_gradients, grad, x, packed),
+                torch=partial(_run, linear_reference.table_gradients, grad, x, packed),
+                product=partial(_dense_gradient, grad, x),
+            )
+            kind = str(dtype).removeprefix("torch.")
+            rows.append({"n": n, "k": k, "m": m, "width": width, "dtype": kind, **best})
+    return rows
+
+
+def _run(op: Any, grad: Tensor, x: Tensor, packed: tuple[Any, ...], _: int) -> object:
+    return op(grad, x, *packed)
+
+
+def _dense_gradient(grad: Tensor, x: Tensor, _: int) -> object:
+    return grad.T @ x
 
 
 def beside_onnx(seconds: float) -> list[Row]:

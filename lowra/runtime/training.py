@@ -68,7 +68,7 @@ def trainable(model: nn.Module) -> Trainable:
     """The report of `print(trainable(model))`, as peft's `print_trainable_parameters` gives it."""
     named = dict(model.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
-    count = dict.fromkeys(PARTS, 0)
+    count: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in trained.items():
         count[_part_of(name)] += parameter.numel()
     layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
