@@ -84,9 +84,12 @@ def _perplexity(model: nn.Module, task: Task) -> float:
 
 
 def train(
-    model: Any, rows: Tensor, optimizer: str, rate: float, steps: int, seed: int
-) -> list[float]:
-    """Losses of `steps` steps, one row each, in an order drawn by `seed`."""
+    model: Any, rows: Tensor, optimizer: str, rate: float, steps: int, seed: int,
+    labels: Tensor | None = None,
+) -> list[float]:  # fmt: skip
+    """Losses of `steps` steps, one row each, in an order drawn by `seed`; of all tokens, or of the
+    `labels` of these rows."""
+    wanted = rows if labels is None else labels
     moved = [p for p in model.parameters() if p.requires_grad]
     makers = {
         "adamw": lambda: torch.optim.AdamW(moved, lr=rate, weight_decay=0.0),
@@ -104,8 +107,9 @@ def train(
     model.train()
     with stage(f"train with {optimizer}", steps) as bar:
         for step in range(steps):
-            row = rows[order[step % len(order)]][None]
-            loss = model(input_ids=row, labels=row, use_cache=False).loss
+            at = int(order[step % len(order)])
+            given = {"input_ids": rows[at : at + 1], "labels": wanted[at : at + 1]}
+            loss = model(**given, use_cache=False).loss
             loss.backward()
             if optimizer == "adamw":
                 torch.nn.utils.clip_grad_norm_(moved, 1.0)

@@ -123,7 +123,7 @@ def test_adapters_of_one_basis_are_kept() -> None:
     family = [LowRank("layer", v, u * torch.rand(R, generator=generator), 1.0) for _ in range(3)]
     done = jd_diagonal([[one] for one in family], R)
     for one, compressed in zip(family, done, strict=True):
-        assert lost(one, compressed.factors["layer"], torch.eye(K)) < 1e-2
+        assert lost(one, compressed.factors["layer"], torch.eye(K)) < 3e-2
     assert done[0].bits == pytest.approx(16 * (R * (N + K) / 3 + R + 1))
 
 
