@@ -67,7 +67,7 @@ TASKS: dict[str, Callable[[Path, Any], Examples]] = {
 
 
 def packed(pairs: Iterable[tuple[str, str]], tokenizer: Any, most: int) -> Rows:
-    """Prompts and answers one behind the other, cut into at most `most` rows; prompts not scored."""
+    """Prompts, not scored, and answers, one behind the other, cut into at most `most` rows."""
     ids: list[int] = []
     labels: list[int] = []
     for prompt, answer in pairs:

@@ -1,0 +1,68 @@
+"""The benchmark of what compressed adapters keep, on a tiny compiled model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.adapters import gain, gain_chart
+from benchmarks.adapters.tasks import CONTEXT, IGNORED, Rows, packed
+from tests.runtime.compiled_models import low_llama
+
+
+class Letters:
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_prompts_are_read_and_not_scored() -> None:
+    rows = packed([("ab", "c"), ("d", "ef")] * CONTEXT, Letters(), 2)
+    assert rows.ids.shape == rows.labels.shape == (2, CONTEXT)
+    assert rows.ids[0, :6].tolist() == [ord(letter) for letter in "abcdef"]
+    assert rows.labels[0, :6].tolist() == [IGNORED, IGNORED, ord("c"), IGNORED, ord("e"), ord("f")]
+
+
+def examples() -> Rows:
+    ids = torch.randint(3, 100, (3, 24), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :8] = IGNORED
+    return Rows(ids, labels)
+
+
+def test_the_loss_is_that_of_the_labels() -> None:
+    model: Any = copy.deepcopy(low_llama().compiled).eval()
+    rows = examples()
+    with torch.no_grad():
+        both = [model(input_ids=i[None], labels=w[None]).loss for i, w in zip(*rows, strict=True)]
+    assert gain.loss_of(model, rows) == pytest.approx(float(sum(both)) / 3, rel=1e-5)
+
+
+def test_shares_lie_between_the_base_and_the_whole_adapter(tmp_path: Path) -> None:
+    model: Any = copy.deepcopy(low_llama().compiled)
+    rows, file = examples(), tmp_path / "adapter.safetensors"
+    gain._trained(model, "tiny", rows, 12, 0, file)
+    adapter, done = gain._read(file), {}
+    for name, compress in gain.methods(adapter, lambda: gain.grams_of(model, rows, adapter)):
+        if name in ("lowra 3", "BIN", "GPTQ 4", "LoRAQuant 3@0.9 search"):
+            gain._add_row(model, rows, adapter, name, compress, done)
+    assert done["with"]["loss"] < done["without"]["loss"]
+    assert done["lowra 3"]["bits"] <= 3 and done["lowra 3"]["share"] > 0.5
+    for name in ("BIN", "GPTQ 4"):
+        row = done[name]
+        span = done["without"]["loss"] - done["with"]["loss"]
+        assert row["share"] == pytest.approx((done["without"]["loss"] - row["loss"]) / span)
+    assert len(gain.spectrum(adapter)) == adapter[0].rank
+    assert gain_chart.points({"one": done})["lowra"] == [
+        (done["lowra 3"]["bits"], done["lowra 3"]["share"])
+    ]
+
+
+def test_a_jointly_compressed_adapter_is_that_of_the_last_task() -> None:
+    family = [gain.factors_of(low_llama().compiled) for _ in range(2)]
+    compressed = gain._joint(family, 3)
+    assert set(compressed.factors) == {f.name for f in family[0]}
