@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from lowra.backends.cpu.activations import get_activations, set_activations
     from lowra.recipe import Recipe
-    from lowra.runtime.adapter_pool import AdapterPool
+    from lowra.runtime.serving.pool import AdapterPool
     from lowra.runtime.session import Session
     from lowra.runtime.training import prepare_training, trainable
     from lowra.workflows.compress_adapter import compress_adapter, export_adapter
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdapterPool": "lowra.runtime.adapter_pool",
+    "AdapterPool": "lowra.runtime.serving.pool",
     "compile": "lowra.api",
     "plan": "lowra.api",
     "save": "lowra.api",

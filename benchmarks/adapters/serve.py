@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import lowra
 from benchmarks.results_file import write_results
 from lowra.runtime.adapter_files import write_files
-from lowra.runtime.adapter_pool import AdapterPool
 from lowra.runtime.adapter_view import base_of
 from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import adapters_disabled, quantized_linears
+from lowra.runtime.serving.pool import AdapterPool
 
 RANK, FILES, REGISTERED, RESIDENT, BATCH = 16, 4, 1000, 64, 32
 METHOD = {"bits": 2, "rho": 0.8, "group": -1, "clip": "none"}

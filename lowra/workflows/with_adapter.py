@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_pool import AdapterPool
+from lowra.runtime.serving.pool import AdapterPool
 
 ROOM = 1 << 28
 """Bytes beside twice the file's, for a basis that the file does not hold; untouched pages cost

@@ -13,7 +13,7 @@ from lowra.backends.reference.adapters import apply_adapters as reference
 from lowra.compiler.adapter_delta import Shared, SiteDelta, runs_of
 from lowra.compiler.adapter_pages import CHUNK
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.pool_pages import Memory, lay_out
+from lowra.runtime.serving.pages import Memory, lay_out
 from tests.compiler.deltas import FORMATS, Drawn, Meaning, site_of
 
 OPS = torch.ops.lowra

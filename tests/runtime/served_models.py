@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowra
-from lowra.runtime.adapter_pool import AdapterPool
+from lowra.runtime.serving.pool import AdapterPool
 from tests.runtime.compiled_models import Case
 from tests.runtime.peft_models import adapted, bare_llama, own, saved
 

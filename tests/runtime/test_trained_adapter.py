@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_pool import AdapterPool
 from lowra.runtime.module_view import quantized_linears
+from lowra.runtime.serving.pool import AdapterPool
 from lowra.runtime.trained_adapter import (
     MANIFEST,
     WEIGHTS,

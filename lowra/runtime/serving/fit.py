@@ -9,7 +9,7 @@ from torch import nn
 from lowra.compiler.errors import AdapterError, nearest
 from lowra.runtime.adapter_config import WITH_PEFT
 from lowra.runtime.adapter_files import Base
-from lowra.runtime.adapter_sources import Facts
+from lowra.runtime.serving.sources import Facts
 
 
 def require_fit(

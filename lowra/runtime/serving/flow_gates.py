@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_batch import Batch
-from lowra.runtime.adapter_pool import AdapterPool
 from lowra.runtime.module_view import quantized_linears
+from lowra.runtime.serving.batch import Batch
+from lowra.runtime.serving.pool import AdapterPool
 
 _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\..*")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowra.compiler.adapter_delta import AdapterDelta, Basis, Shared, SiteDelta, runs_of
 from lowra.compiler.adapter_pages import CHUNK, POST
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.pool_pages import Image, Memory, lay_out
+from lowra.runtime.serving.pages import Image, Memory, lay_out
 
 
 @dataclass

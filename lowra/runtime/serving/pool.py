@@ -9,47 +9,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lowra.compiler.errors import AdapterError, LowraError, nearest
-from lowra.runtime.adapter_batch import Batch, Choices, SiteMix, read_choices
-from lowra.runtime.adapter_sources import Source, source_of
 from lowra.runtime.adapter_view import base_of, require_unwrapped
 from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import quantized_linears
-from lowra.runtime.pool_fit import require_fit, stands_on_top
-from lowra.runtime.pool_residents import Residents
-
-
-@dataclass
-class _Entry:
-    """An adapter that is registered: all of it that is always in memory."""
-
-    source: Source
-    kind: str
-    size_bytes: int
-    on_top: bool
-    seal: str
-    coming: Future[None] | None = None
-
-
-@dataclass(frozen=True)
-class PoolStatus:
-    """What a pool holds. resident: names, the least recently used first."""
-
-    registered: int
-    resident: tuple[str, ...]
-    pinned: tuple[str, ...]
-    budget_bytes: int
-    used_bytes: int
-    page_bytes: int
-    loads: int
-    evictions: int
+from lowra.runtime.serving.batch import Batch, Choices, SiteMix, read_choices
+from lowra.runtime.serving.fit import require_fit, stands_on_top
+from lowra.runtime.serving.registered import PoolStatus, Registered
+from lowra.runtime.serving.residents import Residents
+from lowra.runtime.serving.sources import source_of
 
 
 class AdapterPool:
@@ -83,7 +57,7 @@ class AdapterPool:
         self._layers = layers
         device = next(iter(self._layers.values())).codes.device
         self._residents = Residents(budget_bytes // page_bytes, page_bytes // 4, device)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Registered] = {}
         self._lock, self._serving = threading.RLock(), threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
 
@@ -117,7 +91,7 @@ class AdapterPool:
                 f"adapter {name!r} takes {facts.size_bytes:,} bytes, the pool has "
                 f"{budget:,}: make it larger, or compress the adapter (lowra.compress_adapter)"
             )
-        entry = _Entry(found, facts.kind, facts.size_bytes, above, seal)
+        entry = Registered(found, facts.kind, facts.size_bytes, above, seal)
         with self._lock:
             if old is not None:
                 self._drop(name, "replaced")
@@ -168,7 +142,7 @@ class AdapterPool:
                     self._worker = ThreadPoolExecutor(1, thread_name_prefix="lowra-adapters")
                 entry.coming = self._worker.submit(self._fetch, name, entry)
 
-    def _fetch(self, name: str, entry: _Entry) -> None:
+    def _fetch(self, name: str, entry: Registered) -> None:
         try:
             self._load(name, entry)
         finally:
@@ -258,7 +232,7 @@ class AdapterPool:
 
     # --- memory -------------------------------------------------------------------------------
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Registered:
         found = self._entries.get(name)
         if found is None:
             raise AdapterError(f"no adapter {name!r} is registered; {nearest(name, self._entries)}")
@@ -285,7 +259,7 @@ class AdapterPool:
                     return
             self._load(name, entry, beside)
 
-    def _load(self, name: str, entry: _Entry, beside: Sequence[str] = ()) -> None:
+    def _load(self, name: str, entry: Registered, beside: Sequence[str] = ()) -> None:
         """Read an adapter outside of the lock, then put it into pages.
 
         Does nothing where it was replaced or removed meanwhile.

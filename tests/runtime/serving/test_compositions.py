@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_ensemble import Ensemble, ensemble
-from lowra.runtime.adapter_index import INSTRUCTION, AdapterIndex
-from lowra.runtime.flow_gates import FlowGates
+from lowra.runtime.serving.ensemble import Ensemble, ensemble
+from lowra.runtime.serving.flow_gates import FlowGates
+from lowra.runtime.serving.index import INSTRUCTION, AdapterIndex
 from tests.runtime.served_models import alone, ids_of, llama, pool_of, run
 
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_pool import AdapterPool
+from lowra.runtime.serving.pool import AdapterPool
 
 
 @dataclass(frozen=True)

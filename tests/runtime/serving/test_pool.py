@@ -11,10 +11,10 @@ import torch
 
 import lowra
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_pool import AdapterPool
 from lowra.runtime.adapter_view import base_of
 from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import quantized_linears
+from lowra.runtime.serving.pool import AdapterPool
 from tests.runtime.compiled_models import end_to_end, low_llama, output
 from tests.runtime.peft_models import own
 from tests.runtime.served_models import ALL, alone, folder, ids_of, llama, pool_of, run

@@ -12,7 +12,7 @@ import torch
 import lowra
 from lowra.adapters.factors import LowRank
 from lowra.compiler.errors import AdapterError
-from lowra.runtime.adapter_pool import AdapterPool
+from lowra.runtime.serving.pool import AdapterPool
 from tests.adapters.adapters import peft_folder
 from tests.runtime.compiled_models import low_llama
 from tests.runtime.served_models import alone, folder, ids_of, llama, pool_of, run
