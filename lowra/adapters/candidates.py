@@ -48,7 +48,7 @@ def candidates(factors: LowRank, group: int, found: Directions | None = None) ->
     """The candidates of a site, fewest bits first within a basis. `found`: balanced(factors).
 
     Of the singular basis every point of the lower convex hull of (bits, loss), where the loss of a
-    pair is that of its two vectors, e_a + e_b - e_a e_b for least-squares codes, times sigma^2. Of
+    pair is that of its two vectors, e_a + e_b + e_a e_b for codes without bias, times sigma^2. Of
     the spread basis those whose measured loss stays below that hull: there uniform bits lose about
     (sum sigma)^2 / r instead of sum sigma^2, which wins where the spectrum is flat.
     """
@@ -106,7 +106,7 @@ class _Table:
     def shares(self, pair: Pair) -> Floats:
         """[r]: the part of each direction's energy that is lost."""
         a, b = (s[:, WIDTHS.index(w)] for s, w in zip(self._shares, pair, strict=True))
-        return a + b - a * b
+        return a + b + a * b
 
     def mean(self, pair: Pair) -> float:
         """The shares' mean, weighted by energy; what all directions of a site are judged by."""

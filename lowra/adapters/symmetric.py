@@ -1,9 +1,10 @@
-"""Symmetric grids: sign times scale at 1 bit, a fixed table times a fitted scale above."""
+"""Symmetric grids: a fixed table of levels, two signs at 1 bit, times a fitted scale."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +33,11 @@ def _signed(w: Tensor) -> Grouped:
 class Fitting:
     """Rows [rows, length] ready to be fitted at any width: sorted once for all of them.
 
-    A width's scale is found by turns, nearest codes for a scale and then the least-squares scale
-    <|w|, l> / <l, l> for the codes' levels l, from the best of 21 starts. With |w| sorted and
-    summed up, a scale is judged by a few look-ups, whatever the length of the group.
+    A width's codes are those nearest under the least-squares scale <|w|, l> / <l, l> of their
+    levels l, found by turns from the best of 21 starts. What is stored is |w|^2 / <|w|, l>: with
+    it <q, w> = <w, w>. Least squares makes every vector shorter by the part that it loses, and so
+    the whole adapter weaker, which costs a model more than noise does (decision 19). With |w|
+    sorted and summed up, a scale is judged by a few look-ups, whatever the length of the group.
     """
 
     rows: Tensor
@@ -42,17 +45,15 @@ class Fitting:
 
     def losses(self, width: float) -> Tensor:
         """float64 [rows]: the squared error of every row at `width`."""
-        return sum((block.fit(width)[1].sum(dim=1) for block in self._blocks), torch.zeros(()))
+        return sum((block.fit(width).loss.sum(dim=1) for block in self._blocks), torch.zeros(()))
 
     def coded(self, width: float) -> Coded:
-        """The rows on the grid of `width`. At 1 bit it is `signed`."""
-        if width == 1:
-            return signed(self.rows, self.group)
+        """The rows on the grid of `width`."""
         blocks = iter(self._blocks)  # in the order in which by_group cuts
 
         def quantize(w: Tensor) -> Grouped:
-            scale = next(blocks).fit(width)[0]
-            return _codes(w, scale[..., None], levels(width)), scale, None
+            fit = next(blocks).fit(width)
+            return _codes(w, fit.nearest[..., None], levels(width)), fit.scale, None
 
         return by_group(self.rows.float(), self.group, width, quantize)
 
@@ -67,6 +68,15 @@ class Fitting:
         # numpy's sort of float32 is vectorised, torch's carries indices along
         sorted_ = (np.sort(part.float().abs().numpy(), axis=-1) for part in parts)
         return tuple(_Block(torch.from_numpy(magnitudes)) for magnitudes in sorted_)
+
+
+class _Fit(NamedTuple):
+    """Of groups, [rows, groups] each: the scale that codes are nearest under, the one to be stored
+    (float32 as float16 holds it), and the squared error."""
+
+    nearest: Tensor
+    scale: Tensor
+    loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,15 @@ class _Block:
         return self.magnitudes.double().square().sum(dim=-1)
 
     @cached_property
-    def _fits(self) -> dict[float, tuple[Tensor, Tensor]]:
+    def _fits(self) -> dict[float, _Fit]:
         return {}
 
-    def fit(self, width: float) -> tuple[Tensor, Tensor]:
-        """The scale, float32 as float16 holds it, and the squared error: [rows, groups]."""
+    def fit(self, width: float) -> _Fit:
         if width not in self._fits:
             self._fits[width] = self._fit(width)
         return self._fits[width]
 
-    def _fit(self, width: float) -> tuple[Tensor, Tensor]:
+    def _fit(self, width: float) -> _Fit:
         rms = (self.energy / self.magnitudes.shape[-1]).sqrt()
         scale = rms[..., None] * STARTS if width != 1 else rms[..., None]
         for _ in range(TURNS):
@@ -103,11 +112,11 @@ class _Block:
             scale = torch.where(square > 0, dot / square.clamp(min=1), 0.0)
             best = (dot * scale).argmax(dim=-1, keepdim=True)
             scale = scale.gather(-1, best)
-        stored = in_half(scale.float())
-        dot, square = self._levels(stored.double(), width)
-        stored, dot, square = stored[..., 0], dot[..., 0], square[..., 0]
+        nearest = scale.float()
+        dot, square = (x[..., 0] for x in self._levels(nearest.double(), width))
+        stored = in_half(torch.where(dot > 0, self.energy / dot.clamp(min=1e-300), 0.0).float())
         loss = self.energy - 2 * stored * dot + stored.double().square() * square
-        return stored, loss.clamp(min=0)
+        return _Fit(nearest[..., 0], stored, loss.clamp(min=0))
 
     def _levels(self, scale: Tensor, width: float) -> tuple[Tensor, Tensor]:
         """<|w|, l> and <l, l> for the levels l nearest to |w| / scale; shapes as scale's."""

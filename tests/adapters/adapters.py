@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowra.adapters.factors import Directions, LowRank
+from lowra.adapters.factors import Directions, LowRank, balanced
+from lowra.compiler.packed_adapter import PackedSite
 
 
 def low_rank(
@@ -68,3 +69,12 @@ def peft_folder(
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(about | dict(config or {})))
     return folder
+
+
+def lengthened(factors: LowRank, site: PackedSite) -> tuple[Tensor, Tensor]:
+    """B^ [r, n] and A^ [r, k] of a site in the singular basis, each vector made so long that it is
+    as far along the true one: what ours are, and least squares leaves shorter."""
+    found = balanced(factors)
+    pairs = ((site.b.dequantize(), found.b), (site.a.dequantize(), found.a))
+    b, a = (q * (w.square().sum(1) / (q * w).sum(1))[:, None] for q, w in pairs)
+    return b, a

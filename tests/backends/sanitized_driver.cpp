@@ -3,6 +3,10 @@
 // Arrays in both: 64-bit length in bytes, then the bytes. See test_cpu_sanitizers.py.
 #include KERNEL
 
+#ifdef __AMX_TILE__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -33,6 +37,9 @@ static void write_array(FILE* file, const Array& array) {
 // numbers: n, k, group, groups, block, shared, m, rank, kind, bytes of `derived`, then the panels'
 // width and rows in turn.
 int main(int, char** argv) {
+#ifdef __AMX_TILE__
+    if (syscall(SYS_arch_prctl, 0x1023, 18)) return 3;  // as tiers.py asks for the tiles
+#endif
     FILE* in = std::fopen(argv[1], "rb");
     FILE* out = std::fopen(argv[2], "wb");
     if (!in || !out) return 2;
@@ -58,10 +65,17 @@ int main(int, char** argv) {
     for (int64_t p = 0; p < w.panels; p++)
         w.widths[p] = number[10 + 2 * p], w.rows[p] = number[11 + 2 * p];
     const Extras extras{bias.as<void>(), a.as<void>(), b.as<void>(), rank, 0.5f, kind, kind};
-    lowra_product(&w, &extras, x.as<void>(), y.as<void>(), m, k, kind, 2);
+#ifdef UNPACKS
     const Part part{values.as<void>(), 0, n, 0, k, kind};
     lowra_values(&w, &part, 2);
     if (w.signs) lowra_turn(&w, x.as<void>(), k, turned.as<void>(), m, kind, 0, 2);
+    int64_t count = 0;
+    for (int64_t p = 0; p < w.panels; p++) count += w.rows[p] * w.groups * levels_of(w.widths[p]);
+    const Array sums(4 * count);
+    lowra_code_sums(&w, &part, sums.as<float>(), 2);
+#else
+    lowra_product(&w, &extras, x.as<void>(), y.as<void>(), m, k, kind, 2);
+#endif
     write_array(out, y);
     write_array(out, values);
     std::fclose(out);

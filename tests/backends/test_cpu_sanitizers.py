@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lowra.backends.cpu import product, toolchain
-from lowra.backends.cpu.emit import LOOKED_UP, KernelKey, emit
+from lowra.backends.cpu.emit import LOOKED_UP, VALUES, KernelKey, emit
 from lowra.backends.cpu.tiers import Tier
 from tests.backends.test_cpu_product import (
     EVERY_KERNEL,
     NAMES,
     ROUNDING,
+    RUNNABLE,
     TOLERANCE,
     Shape,
     packed_of,
@@ -56,7 +57,8 @@ def build(tier: Tier, name: str, folder: Path) -> Path:
     done = subprocess.run(
         [
             str(toolchain.find_compiler()), "-std=c++17", "-pthread", "-w", *SANITIZERS,
-            *tier.options, f'-DKERNEL="{kernel}"', str(DRIVER), "-o", str(program),
+            *tier.options, *(["-DUNPACKS"] if name == VALUES else []), f'-DKERNEL="{kernel}"',
+            str(DRIVER), "-o", str(program),
         ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -85,7 +87,10 @@ def run(program: Path, arrays: list[Tensor | None], folder: Path) -> list[bytes]
     return found
 
 
-@pytest.mark.parametrize(("tier", "name"), EVERY_KERNEL, ids=NAMES)
+@pytest.mark.parametrize(
+    ("tier", "name"), [*EVERY_KERNEL, *((tier, VALUES) for tier in RUNNABLE)],
+    ids=[*NAMES, *(f"{tier.name} {VALUES}" for tier in RUNNABLE)],
+)  # fmt: skip
 def test_no_kernel_touches_what_is_not_its_own(tier: Tier, name: str, tmp_path: Path) -> None:
     program = build(tier, name, tmp_path)
     for place, (shape, m, rank) in enumerate(CASES):
@@ -126,14 +131,14 @@ def check(
         ],
         folder,
     )  # fmt: skip
-    y = torch.frombuffer(bytearray(raw_y), dtype=dtype).view(m, n)
     dense = packed.dequantize(torch.float64)
+    if name == VALUES:
+        values = torch.frombuffer(bytearray(raw_values), dtype=dtype).view(n, k)
+        if weight.block == 1:
+            error = float((values.double() - dense).abs().max())
+            assert error <= ROUNDING[dtype] * 2 * float(dense.abs().max())
+        return
+    y = torch.frombuffer(bytearray(raw_y), dtype=dtype).view(m, n)
     want = x.double() @ dense.T + bias.double()
     want += 0.5 * (x.double() @ a.double().T) @ b.double().T
     assert worst(y, x, packed, want) < TOLERANCE[name] + 1e-6 * (rank + 1)
-    if name == "float32":
-        values = torch.frombuffer(bytearray(raw_values), dtype=dtype).view(n, k)
-        if weight.block == 1:
-            assert float((values.double() - dense).abs().max()) <= ROUNDING[dtype] * 2 * float(
-                dense.abs().max()
-            )

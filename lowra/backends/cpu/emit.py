@@ -8,8 +8,15 @@ from importlib import resources
 
 from lowra.backends.cpu.tiers import Tier
 
-ELEMENTS = {"int8": (1, 1), "int16": (1, 2), "bfloat16": (2, 1), "float32": (4, 1)}
+ELEMENTS = {
+    "int8": (1, 1), "int16": (1, 2), "bfloat16": (2, 1), "float32": (4, 1), "values": (4, 1),
+}  # fmt: skip
 """Activation types: bytes of an element in a dot product, and how many elements one value takes."""
+
+VALUES = "values"
+"""In place of a type of activations: a kernel that multiplies nothing. For products that torch
+makes it unpacks values in float32, rotates activations and sums gradients by code; one that did both
+would take twice as long to build."""
 
 LOOKED_UP = (1, 2, 3, 4, 9)
 """Ids of widths whose codebook fits a register; wider rows are multiplied in float32."""
@@ -38,14 +45,14 @@ def key_of(tier: Tier, activations: str, widths: set[int], group_scales: bool) -
     their width, their scales or the tier, are multiplied in float32 in any kernel.
     """
     if group_scales or not tier.vectors or not widths & set(LOOKED_UP):
-        return KernelKey(tier, "float32", ())
+        return KernelKey(tier, VALUES if activations == VALUES else "float32", ())
     known = widths & set(LOOKED_UP)
     return KernelKey(tier, activations, tuple(known) if len(known) == 1 else LOOKED_UP)
 
 
 def looks_up(key: KernelKey, widths: set[int]) -> bool:
     """Whether the kernel multiplies rows of all these widths in less than float32."""
-    return key.activations != "float32" and widths <= set(_multiplied(key))
+    return ELEMENTS[key.activations][0] < 4 and widths <= set(_multiplied(key))
 
 
 def _multiplied(key: KernelKey) -> tuple[int, ...]:
@@ -57,8 +64,10 @@ def emit(key: KernelKey) -> str:
     """The whole source of the product kernel of `key`."""
     element, parts = ELEMENTS[key.activations]
     most_tokens = max(1, key.tier.most_tokens // parts)
+    unpacks = key.activations == VALUES
+    what = "parts of W" if unpacks else "y = x W' + bias + scaling (x A') B'"
     pieces = [
-        f"// {key.name}: y = x W' + bias + scaling (x A') B'",
+        f"// {key.name}: {what}",
         _part("parallel"),
         "#include <utility>",
         f"constexpr int ELEMENT = {element};  // bytes per element of a dot product",
@@ -71,7 +80,7 @@ def emit(key: KernelKey) -> str:
         _part("product/amx") if key.tier.tiles and element == 1 else "",
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
-        *(_part(f"product/{name}") for name in ("rows", "product", "blocks", "values", "sums")),
+        *(_part(f"product/{name}") for name in (UNPACKED if unpacks else MULTIPLIED)),
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),
@@ -83,6 +92,9 @@ def emit(key: KernelKey) -> str:
 def _part(name: str) -> str:
     return (resources.files("lowra.backends.cpu") / "sources" / f"{name}.h").read_text()
 
+
+MULTIPLIED, UNPACKED = ("rows", "product", "blocks"), ("rows", "values", "sums")
+"""Fixed parts of the kernels of either kind."""
 
 _STEPS = """\
 #define INLINE __attribute__((always_inline))
@@ -159,12 +171,17 @@ def dispatch(key: KernelKey) -> str:
     """From a panel's width to its code; false where there is none.
 
     `expand_of_width` without memory only tells whether there is."""
+    if key.activations == VALUES:
+        values = _switch(key.widths, "values_of<Codes{}>(w, panel, row, part, at)")
+        return f"""\
+#define ANY [[maybe_unused]]
+static bool values_of_width(ANY const Weight& w, ANY const Panel& panel, ANY int64_t row,
+                            ANY const Part& part, ANY int64_t at) {{
+{values}    return false;
+}}"""
     multiplied = _multiplied(key)
     products = _switch(multiplied, "rows_of<Codes{}>(w, c, t, panel, begin, end)")
     expanded = _switch(multiplied, "if (out) expand_row<Codes{}>(w, panel, row, out)")
-    # Only float32 tables hold the values themselves.
-    exact = key.widths if key.activations == "float32" else ()
-    values = _switch(exact, "values_of<Codes{}>(w, panel, row, part, at)")
     return f"""\
 #define ANY [[maybe_unused]]
 static bool rows_of_width(ANY const Weight& w, ANY const Call& c, ANY const Tokens& t,
@@ -174,10 +191,6 @@ static bool rows_of_width(ANY const Weight& w, ANY const Call& c, ANY const Toke
 [[maybe_unused]] static bool expand_of_width(ANY const Weight& w, ANY const Panel& panel,
                                              ANY int64_t row, ANY uint8_t* out) {{
 {expanded}    return false;
-}}
-static bool values_of_width(ANY const Weight& w, ANY const Panel& panel, ANY int64_t row,
-                            ANY const Part& part, ANY int64_t at) {{
-{values}    return false;
 }}"""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.cpu.activations import activations_for
+from lowra.backends.cpu.emit import VALUES
 from lowra.backends.cpu.pieces import backward_by_pieces, forward_by_pieces, values
 from lowra.backends.cpu.product import (
     KINDS,
@@ -29,7 +30,7 @@ def stored_rows(
 ) -> Tensor:  # fmt: skip
     """W [n, k] in original row order and stored coordinates; see the reference."""
     packed = (codes, codebooks, scales, order, panels, k, group, 0, 1)
-    ready = None if dtype == torch.float64 else prepared(packed, "float32")
+    ready = None if dtype == torch.float64 else prepared(packed, VALUES)
     if ready is not None:
         return values(ready, dtype)
     check_sizes(codes, codebooks, scales, order, panels, k, group)
@@ -90,7 +91,7 @@ def forward(
         ready = prepared(packed, activations)
         if ready is not None and x.numel() <= k * most_tokens(ready, k, activations):
             return product(x, ready, bias, factors)
-        ready = prepared(packed, "float32")
+        ready = prepared(packed, VALUES)
         if ready is not None:
             y = forward_by_pieces(x, ready, bias)
             return y if factors is None else add_factors(y, x, *factors)
@@ -112,7 +113,7 @@ def input_gradient(
 ) -> Tensor:  # fmt: skip
     """dL/dx = dL/dy W; see the reference."""
     packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
-    ready = prepared(packed, "float32") if grad.dtype in KINDS else None
+    ready = prepared(packed, VALUES) if grad.dtype in KINDS else None
     if ready is None:
         return _unpacked["input_gradient"](grad, *packed)
     return backward_by_pieces(grad, ready)

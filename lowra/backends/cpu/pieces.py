@@ -36,7 +36,7 @@ def values(
     ready: Prepared, dtype: torch.dtype, rows: slice | None = None, columns: slice | None = None,
     reuse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Part of W [n, k], in original row order and stored coordinates; `ready` for float32.
+    """Part of W [n, k], in original row order and stored coordinates; `ready` for `VALUES`.
 
     `columns` begin at a multiple of COLUMNS. With `reuse` the result lies in memory that this
     thread's next call overwrites.

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowra.backends.cpu.emit import ELEMENTS, LOOKED_UP, KernelKey, emit, key_of, looks_up
+from lowra.backends.cpu.emit import (
+    ELEMENTS,
+    LOOKED_UP,
+    VALUES,
+    KernelKey,
+    emit,
+    key_of,
+    looks_up,
+)
 from lowra.backends.cpu.tiers import Tier, best_tier
 from lowra.backends.cpu.toolchain import built
 from lowra.compiler.packing import levels_of, row_words
@@ -69,7 +77,8 @@ _prepared: dict[tuple[int, str, str], Prepared] = {}
 def prepared(
     packed: tuple[Any, ...], activations: str, tier: Tier | None = None
 ) -> Prepared | None:
-    """The weight of the packed op arguments, ready to launch; None where no kernel takes it.
+    """The weight of the packed op arguments, ready for a kernel that reads `activations`, or for
+    the one that unpacks it (`VALUES`); None where no kernel takes it.
 
     Kept for as long as its codes live; made anew when one of its tensors is another.
     """
@@ -173,12 +182,14 @@ def _kernel(key: KernelKey) -> Any:
     if library is None:
         return None
     at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    for function, arguments in (
-        (library.lowra_product, (at, at, at, at, size, size, number, number)),
-        (library.lowra_turn, (at, at, size, at, size, number, number, number)),
-        (library.lowra_values, (at, at, number)),
-        (library.lowra_code_sums, (at, at, at, number)),
-    ):
+    multiplies = {"lowra_product": (at, at, at, at, size, size, number, number)}
+    unpacks = {
+        "lowra_turn": (at, at, size, at, size, number, number, number),
+        "lowra_values": (at, at, number),
+        "lowra_code_sums": (at, at, at, number),
+    }
+    for name, arguments in (unpacks if key.activations == VALUES else multiplies).items():
+        function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
 

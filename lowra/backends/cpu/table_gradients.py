@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.backends.cpu.emit import VALUES
 from lowra.backends.cpu.pieces import Part, pieces, turned_input
 from lowra.backends.cpu.product import KINDS, Prepared, prepared
 from lowra.backends.reference import linear as reference
@@ -22,7 +23,7 @@ def table_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dL/dcodebooks and dL/dscales of y = x W'; see the reference."""
     packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
-    ready = prepared(packed, "float32") if grad.dtype == x.dtype and x.dtype in KINDS else None
+    ready = prepared(packed, VALUES) if grad.dtype == x.dtype and x.dtype in KINDS else None
     if ready is None:
         return reference.table_gradients(grad, x, *packed)
     return _of_tables(_code_sums(grad, x, ready, panels), packed)

@@ -59,3 +59,22 @@ extern "C" void lowra_values(Weight* weight, const Part* wanted, int threads) {
             }
     });
 }
+
+// x [m, k], rows `stride` apart, to out [m, k] of its kind: rotated or, where `back`, rotated back.
+extern "C" void lowra_turn(const Weight* weight, const void* x, int64_t stride, void* out,
+                           int64_t m, Kind kind, int back, int threads) {
+    const Weight& w = *weight;
+    parallel_rows(m, 8, threads, [&](int64_t begin, int64_t end) {
+        float* token = reinterpret_cast<float*>(scratch<OF_PLAIN_TOKEN>(w.k * 4));
+        for (int64_t row = begin; row < end; row++) {
+            read_row(x, row * stride, kind, w.k, token);
+            if (back) {
+                hadamard(token, w.k, w.block);
+                for (int64_t i = 0; i < w.k; i++) token[i] *= w.signs[i];
+            } else {
+                rotate(w, token);
+            }
+            write_row(out, row * w.k, kind, w.k, token);
+        }
+    });
+}
