@@ -15,8 +15,8 @@ ELEMENTS = {
 
 VALUES = "values"
 """In place of a type of activations: a kernel that multiplies nothing. For products that torch
-makes it unpacks values in float32, rotates activations and sums gradients by code; one that did both
-would take twice as long to build."""
+makes it unpacks values in float32, rotates activations and sums gradients by code; one that did
+both would take twice as long to build."""
 
 LOOKED_UP = (1, 2, 3, 4, 9)
 """Ids of widths whose codebook fits a register; wider rows are multiplied in float32."""
