@@ -1,4 +1,4 @@
-"""Put the committed results into README.md, between their markers.
+"""Put the committed results into README.md and docs/, between their markers.
 
 python -m benchmarks.tables
 """
@@ -11,27 +11,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adapters.readme import gain
+from benchmarks.finetune.readme import finetuned
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.rows import ORIGINAL, missing_by_reason
 from benchmarks.results_file import FOLDER
 from benchmarks.speed.readme import assigning, fitting, serving, speed
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    text = README.read_text()
-    renders = {
-        "quality": quality, "demo": demo, "compile": compile_time, "fit": fitting,
-        "assign": assigning, "speed_cpu": speed, "adapters": serving,
+    documents = {
+        "README.md": {
+            "quality": quality, "demo": demo, "compile": compile_time, "fit": fitting,
+            "assign": assigning, "speed_cpu": speed, "adapters": serving,
+        },
+        "docs/guide-adapters.md": {"adapters_gain": gain},
+        "docs/guide-finetuning.md": {"finetune_quality": finetuned},
     }  # fmt: skip
-    for name, render in renders.items():
-        path = FOLDER / f"{name}.json"
-        if path.exists():
-            block = "\n".join(render(json.loads(path.read_text())))
-            start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-            text = re.sub(f"{start}.*?{end}", f"{start}\n{block}\n{end}", text, flags=re.DOTALL)
-    README.write_text(text)
+    for document, renders in documents.items():
+        text = (ROOT / document).read_text()
+        for name, render in renders.items():
+            path = FOLDER / f"{name}.json"
+            if path.exists():
+                block = "\n".join(render(json.loads(path.read_text())))
+                start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+                text = re.sub(f"{start}.*?{end}", f"{start}\n{block}\n{end}", text, flags=re.DOTALL)
+        (ROOT / document).write_text(text)
 
 
 def quality(data: dict[str, Any]) -> Iterator[str]:

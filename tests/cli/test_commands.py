@@ -9,8 +9,9 @@ import re
 import pytest
 import torch
 
+from lowra.backends.cpu.activations import CHOICES, get_activations
 from lowra.cli.advanced import ADVANCED
-from lowra.cli.options import Dtype, Preset, Tune, Unit
+from lowra.cli.options import Activations, Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output
 from lowra.cli.plan_tables import comparison_text
 from lowra.cli.tables import bytes_text, group_alike
@@ -185,6 +186,17 @@ def test_eval_with_and_without_adapters(lowra, dense, checkpoint):
     assert (full["windows"], full["context"], full["tokens"]) == (2, 32, 62)
     assert 0 < full["kl"] < bare["kl"]
     assert lowra.json("eval", checkpoint, "--windows", 1, "--context", 32)["kl"] is None
+
+
+def test_activations_are_read_as_asked_for_one_command(lowra, checkpoint):
+    words = ("eval", checkpoint, "--windows", 2, "--context", 32)
+    before = get_activations()
+    plain, eight = lowra.json(*words), lowra.json(*words, "--activations", "int8")
+    assert (plain["activations"], eight["activations"]) == (None, "int8")
+    assert eight["perplexity"] == pytest.approx(plain["perplexity"], rel=0.02)
+    assert get_activations() == before
+    assert lowra("eval", checkpoint, "--activations", "int4").exit_code == 2
+    assert [kind.value for kind in Activations] == list(CHOICES)
 
 
 def test_eval_names_windows_context_and_text(lowra, dense, tmp_path):
