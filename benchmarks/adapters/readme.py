@@ -12,8 +12,8 @@ def gain(data: Mapping[str, Any]) -> Iterator[str]:
     protocol, rows, where = data["protocol"], data["rows"], data["environment"]
     yield (
         f"{protocol['model']}, LoRA of rank {protocol['rank']} on every linear but the head, "
-        f"trained by {protocol['optimizer']}; share kept of what the adapter lowers the held-out loss by "
-        f"({where['date']}, `benchmarks/results/adapters_gain.json`). Adapters: "
+        f"trained by {protocol['optimizer']}; share kept of what the adapter lowers the held-out "
+        f"loss by ({where['date']}, `benchmarks/results/adapters_gain.json`). Adapters: "
         f"{'; '.join(rows)}."
     )
     yield ""

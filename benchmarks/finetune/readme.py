@@ -11,8 +11,8 @@ def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
     protocol, rows = data["protocol"], list(data["rows"].values())
     yield (
         f"{protocol['model']}; {protocol['train']}; {protocol['test']}; {protocol['batch']} a "
-        f"step; adapter: {protocol['adapter']}; {protocol['schedule']}. Bases named `all` train norms, "
-        "codebooks and scales too (`benchmarks/results/finetune_quality.json`)."
+        f"step; adapter: {protocol['adapter']}; {protocol['schedule']}. Bases named `all` "
+        "train norms, codebooks and scales too (`benchmarks/results/finetune_quality.json`)."
     )
     yield ""
     yield "| base | stored bits | optimiser | steps | before | after | times the original's |"
