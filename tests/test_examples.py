@@ -101,3 +101,17 @@ def test_many_adapters_writes_with_each_in_one_batch(tmp_path: Path) -> None:
     assert list(texts) == ["packed-wide", "dora", "the base"]
     assert all(text.replace(" ", "").startswith("Hello") for text in texts.values())
     assert len(set(texts.values())) == 3
+
+
+def test_icm_lora_writes_adapters_that_help() -> None:
+    example = load_example("icm_lora")
+    model, encode = example.load(None)
+    tasks = [encode(task) for task in example.TASKS[:3]]
+    found = example.run(model, tasks, steps=30, epochs=150)
+    gains = [
+        sum(losses["base"] - losses[kind] for losses in found) for kind in ("trained", "written")
+    ]
+    assert gains[0] > gains[1] > 0.2 * gains[0] > 0
+    start = example.factors_of(model)
+    back = example.unflat(example.flat(start), start)
+    assert all((a == back[name][0]).all() for name, (a, _, _) in start.items())
