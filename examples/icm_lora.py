@@ -6,7 +6,7 @@
 As in the paper (arXiv 2501.17635): adapters are trained for a few tasks, each from the same start,
 and the last checkpoints of every run are kept. A conditional variational autoencoder of strided
 convolutions learns the flattened factors, given the task vector: the mean hidden state of the
-task's text. It then writes factors for a task vector alone, which an `AdapterPool` serves like others.
+task's text. It then writes factors for a task vector alone, which an `AdapterPool` serves.
 """
 
 from __future__ import annotations
