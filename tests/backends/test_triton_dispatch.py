@@ -108,6 +108,47 @@ def test_unasked_no_kernel_serves(
     assert f"{linear.SWITCH}=on" in caplog.text
 
 
+def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[object] = []
+
+    def fail(*given: object, **_: object) -> None:
+        asked.append(given)
+        raise RuntimeError("PTX was compiled with an unsupported toolchain\nmore")
+
+    for name in ("run", "_workspace"):
+        monkeypatch.setattr(linear.launch, name, fail)
+    monkeypatch.setattr(linear.launch, "processors", lambda device: 132)
+    monkeypatch.setattr(linear, "_failed", [])
+    linear._explain.cache_clear()
+    packed = packed_of(Shape(20, 96, (2, 4), block=32))
+    dense, x, target = packed.dequantize(), torch.randn(3, 96), TARGETS[1]
+    factors = (torch.randn(4, 96), torch.randn(20, 4), 0.5)
+    for _ in range(2):
+        y = linear.forward(x, packed.op_args(), None, factors, target)
+        want = x @ dense.T + 0.5 * (x @ factors[0].T) @ factors[1].T
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.backward(y, packed.op_args(), target), y @ dense,
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert torch.equal(linear.unpacked(packed.op_args(), torch.float32, target), dense)
+    assert len(asked) == 1 and len(caplog.records) == 1
+    assert "unsupported toolchain" in caplog.text and f"{linear.SWITCH}=off" in caplog.text
+    assert "more" not in caplog.records[0].getMessage()
+
+
+def test_no_room_is_no_failure_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(linear.launch, "run", fail)
+    monkeypatch.setattr(linear, "_failed", [])
+    packed = packed_of(Shape(20, 96, (2, 4), block=32))
+    with pytest.raises(torch.OutOfMemoryError):
+        linear.unpacked(packed.op_args(), torch.float32, TARGETS[1])
+    assert not linear._failed
+
+
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name.split("-")[0])
 def test_emitting_is_pure_and_gives_python(key: Any) -> None:
     text = emit(key)

@@ -58,12 +58,40 @@ def _explain(why: str) -> None:
 
 def ready(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None) -> Weight | None:
     """The weight as kernels take it; None, with the reason said once, where they do not."""
-    if target is None:
+    if target is None or _failed:
         return None
     why = declined(packed, dtype)
     if why is not None:
         return _explain(why)
     return weight_of(packed)
+
+
+_failed: list[str] = []
+"""Why a kernel could not be built or launched: from then on plain torch serves."""
+
+
+def _served(
+    target: Target, kernels: Callable[[], Tensor], reference: Callable[[], Tensor]
+) -> Tensor:
+    """What the kernels give; where one cannot be built or launched, what plain torch gives.
+
+    No room raises as it does anywhere, and so does the interpreter's target.
+    """
+    try:
+        return kernels()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not target.backend:
+            raise
+        _failed.append(f"{type(error).__name__}: {error}")
+        log.debug("a GPU kernel failed", exc_info=True)
+        first = (str(error).splitlines() or [""])[0][:200]
+        _explain(
+            f"one failed to build or to launch ({type(error).__name__}: {first}); update the "
+            f"driver and Triton, or set {SWITCH}=off"
+        )
+        return reference()
 
 
 def forward(
@@ -73,10 +101,21 @@ def forward(
     """Both linear ops."""
     target = target or target_of(x.device)
     weight = ready(packed, x.dtype, target) if x.shape[-1] == packed[5] else None
-    if weight is None or target is None:
+
+    def reference() -> Tensor:
         if factors is None:
             return _unpacked["quantized_linear"](x, *packed, bias)
         return _unpacked["quantized_linear_lora"](x, *packed, bias, *factors)
+
+    if weight is None or target is None:
+        return reference()
+    return _served(target, lambda: _product(x, packed, weight, target, bias, factors), reference)
+
+
+def _product(
+    x: Tensor, packed: tuple[Any, ...], weight: Weight, target: Target, bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:  # fmt: skip
     rows = x.reshape(-1, weight.k).contiguous()
     turned = launch.rotated(rows, Rotation(*packed[7:9]), target)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
@@ -132,8 +171,12 @@ def unpacked(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None)
     weight = ready(packed, dtype, target)
     if weight is None or target is None:
         return _unpacked["dequantize"](*packed, dtype)
-    stored = launch.values(weight, torch.float32 if rotation.active else dtype, target)
-    return launch.rotated(stored, rotation, target, back=True).to(dtype)
+
+    def kernels() -> Tensor:
+        stored = launch.values(weight, torch.float32 if rotation.active else dtype, target)
+        return launch.rotated(stored, rotation, target, back=True).to(dtype)
+
+    return _served(target, kernels, lambda: _unpacked["dequantize"](*packed, dtype))
 
 
 def input_gradient(
@@ -149,8 +192,16 @@ def backward(grad: Tensor, packed: tuple[Any, ...], target: Target | None) -> Te
     """dL/dx [..., k], a few columns of W at a time: torch multiplies them where they lie in the
     second cache, and no more than PIECE_BYTES of W are ever unpacked."""
     weight = ready(packed, grad.dtype, target)
-    if weight is None or target is None:
+
+    def reference() -> Tensor:
         return _unpacked["input_gradient"](grad, *packed)
+
+    if weight is None or target is None:
+        return reference()
+    return _served(target, lambda: _by_pieces(grad, packed, weight, target), reference)
+
+
+def _by_pieces(grad: Tensor, packed: tuple[Any, ...], weight: Weight, target: Target) -> Tensor:
     rows = grad.reshape(-1, weight.n)
     out = launch.room("a gradient", (rows.shape[0], weight.k), grad.dtype, grad.device)
     fit = PIECE_BYTES // (max(1, weight.n) * grad.dtype.itemsize)
