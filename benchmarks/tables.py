@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adapters.readme import gain
-from benchmarks.finetune.readme import finetuned
+from benchmarks.finetune.readme import finetuned, memory
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.rows import ORIGINAL, missing_by_reason
 from benchmarks.results_file import FOLDER
@@ -28,7 +28,7 @@ def main() -> None:
             "assign": assigning, "speed_cpu": speed, "adapters": serving,
         },
         "docs/guide-adapters.md": {"adapters_gain": gain},
-        "docs/guide-finetuning.md": {"finetune_quality": finetuned},
+        "docs/guide-finetuning.md": {"finetune_quality": finetuned, "finetune_memory": memory},
     }  # fmt: skip
     for document, renders in documents.items():
         text = (ROOT / document).read_text()

@@ -30,3 +30,30 @@ def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
             f"| {name} | {row['stored_bits']:.2f} | {row['optimizer']} | {row['steps']} | "
             f"{row['perplexity_before']:,.2f} | {row['perplexity']:,.2f} | {ratio} |"
         )
+
+
+LAYERS, ENDS = 32, 2 * 32000 * 4096 * 2
+"""Of Llama-2-7B: layers, of which two were measured, and bytes of embedding and head."""
+
+
+def memory(data: Mapping[str, Any]) -> Iterator[str]:
+    """Peak memory of a training step and its parts; a 7B model's weights from two layers of it."""
+    where = data["environment"]
+    yield (
+        f"Measured on a CPU, the second step of {data['tokens']} tokens, rank {data['rank']}, no "
+        f"checkpointing, MB are 10^6 bytes ({where['date']}, "
+        "`benchmarks/results/finetune_memory.json`):"
+    )
+    yield ""
+    yield (
+        "| model | base | peak | weights | adapters | gradients | AdamW | activations and the rest "
+        "| weights of all layers |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in data["rows"]:
+        two = row["shapes"] == "llama-7b"
+        name = "Llama-2-7B, 2 layers" if two else "SmolLM2-135M"
+        parts = (row[p] for p in ("peak", "weights", "adapters", "gradients", "optimizer", "rest"))
+        whole = ENDS + (row["weights"] - ENDS) * LAYERS // 2 if two else row["weights"]
+        cells = " | ".join(f"{part / 1e6:,.0f}" for part in (*parts, whole))
+        yield f"| {name} | {row['base']} | {cells} |"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.adapters.readme import gain
-from benchmarks.finetune.readme import finetuned
+from benchmarks.finetune.readme import finetuned, memory
 
 
 def test_shares_stand_by_method_and_adapter_with_their_mean() -> None:
@@ -39,3 +39,14 @@ def test_perplexities_stand_beside_the_originals_of_the_same_run() -> None:
     text = "\n".join(finetuned({"protocol": protocol, "rows": dict(enumerate(rows))}))
     assert "| **lowra: default 2 all** | 2.00 | adamw | 60 | 37.00 | 24.00 | 1.50 |" in text
     assert "| nf4 | 4.50 | adamw | 99 | 28.40 | 17.60 |  |" in text
+
+
+def test_weights_of_two_layers_stand_for_all() -> None:
+    ends = 2 * 32000 * 4096 * 2
+    row = dict.fromkeys(("peak", "adapters", "gradients", "optimizer", "rest"), 5_000_000)
+    row |= {"shapes": "llama-7b", "base": "lowra 2", "weights": ends + 100_000_000}
+    data = {"environment": {"date": "2026-11-25"}, "tokens": 512, "rank": 16, "rows": [row]}
+    told = list(memory(data))[-1]
+    whole = (ends + 16 * 100_000_000) / 1e6
+    assert told.startswith("| Llama-2-7B, 2 layers | lowra 2 | 5 | 624 |")
+    assert told.endswith(f"| {whole:,.0f} |")
