@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowra.compiler.storage import PackedWeight
-from lowra.passes.feedback import scale_index
-from lowra.passes.latents import level_grads, look_up
-from lowra.passes.panels import Panel, rotated_values, take_apart
+from lowra.compiler.storage import UNROTATED, PackedWeight
+from lowra.passes.panels import rotated_values
 
 
 class _PackedProduct(torch.autograd.Function):
     """x [..., k] -> x W', with W' [n, k] unpacked for the product and once more for its gradient.
 
-    Where its tables are trained, the gradient of W', one site's at a time, is reduced to theirs at
-    once: no weight and no gradient of its size outlives the call.
+    No weight, and no gradient of its size, outlives the call.
     """
 
     @staticmethod
@@ -38,8 +35,12 @@ class _PackedProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return back, None, None, None
         (x,) = ctx.saved_tensors
-        dense = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return back, *table_grads(ctx.packed, dense.float()), None
+        *packed, _seed, _block = ctx.packed.op_args()
+        turned = (*packed, UNROTATED.seed, UNROTATED.block)  # as x is
+        levels, scales = torch.ops.lowra.table_gradients(
+            grad.flatten(0, -2), x.flatten(0, -2), *turned
+        )
+        return back, levels, None if ctx.packed.scales is None else scales, None
 
 
 def packed_product(
@@ -48,27 +49,3 @@ def packed_product(
     """[..., n] of rotated x [..., k]. `packed` holds the tables as they are stored; gradients pass
     the rounding on to the flat `codebooks` and `scales` as if it were not there."""
     return _PackedProduct.apply(x, codebooks, scales, packed)  # pyright: ignore
-
-
-def table_grads(packed: PackedWeight, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a weight's codebooks and scales, float32 and flat as stored, from that of its
-    values in rotated coordinates, float32 [n, k]."""
-    pairs = [_panel_grads(panel, packed, grad[panel.index]) for panel in take_apart(packed)]
-    levels = torch.cat([of_levels.reshape(-1) for of_levels, _ in pairs])
-    scales = [of_scales.reshape(-1) for _, of_scales in pairs if of_scales is not None]
-    return levels, torch.cat(scales) if scales else None
-
-
-def _panel_grads(panel: Panel, packed: PackedWeight, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    if panel.scales is None:
-        return level_grads(panel.codes, grad, panel.levels.shape), None
-    rows, groups = panel.scales.shape
-    factors = panel.scales
-    if groups > 1:
-        factors = factors[:, scale_index(packed.k, packed.group)]
-    levels = level_grads(panel.codes, grad * factors, panel.levels.shape)
-    products = look_up(panel.codes, panel.levels).mul_(grad)
-    if groups == 1:
-        return levels, products.sum(1)
-    padded = functional.pad(products, (0, groups * packed.group - packed.k))
-    return levels, padded.view(rows, groups, packed.group).sum(2)
