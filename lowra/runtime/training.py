@@ -23,6 +23,7 @@ from lowra.compiler.errors import CheckpointError, nearest
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.manifest import checksum
 from lowra.runtime.module_view import quantized_linears
+from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear
 from lowra.runtime.quantized_module import QuantizedModule, is_lora
 from lowra.runtime.trained_norms import hold_norm
 from lowra.runtime.trained_tables import TABLES, TrainedTables, is_offset
@@ -95,13 +96,15 @@ def prepare_training(
     They are held in `dtype`, float32 as peft does it: an optimiser's small steps are lost in
     bfloat16. Products run in the dtype of the activations all the same. "codebooks" and "scales"
     train as offsets from what they are now (`TrainedTables`); once they no longer train, or the
-    model is saved, the tables are what training made of them. Raises CheckpointError for a model
-    that lowra did not compile, or that lacks what shall train; ValueError for another part.
+    model is saved, the tables are what training made of them. A correction stays frozen.
+
+    Raises CheckpointError for a model that lowra did not compile, or that lacks what shall train;
+    ValueError for another part.
     """
     if compiled(model) is None:
         raise CheckpointError("this model was not compiled by lowra; call lowra.compile first")
     check_parts(train)
-    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     if "adapters" in train and not any(layer.rank for layer in quantized_linears(model).values()):
         raise CheckpointError("this model has no adapter to train: compile it with a rank above 0")
     if "scales" in train and all(layer.scales is None for layer in layers):
@@ -128,7 +131,7 @@ def check_parts(train: Sequence[str]) -> None:
         raise ValueError(f"nothing is to train: name some of {', '.join(PARTS)}")
 
 
-def _train_tables(layers: list[QuantizedModule], roles: list[str], dtype: torch.dtype) -> None:
+def _train_tables(layers: Sequence[QuantizedModule], roles: list[str], dtype: torch.dtype) -> None:
     """Let the tables of these roles train, from what they are now, and no other."""
     shared: dict[int, TrainedTables] = {}
     for layer in layers:

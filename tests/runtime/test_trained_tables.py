@@ -255,6 +255,18 @@ def test_a_tied_head_and_its_embedding_train_one_table() -> None:
     assert float(both.abs().max()) < 1e-5
 
 
+def test_a_correction_stays_frozen() -> None:
+    case = compile_case(smooth, bit_budget=6, rank=4, correction_rank=2)
+    model = student(case)
+    frozen = {n: t.clone() for n, t in model.state_dict().items() if "correction" in n}
+    assert frozen and not [n for n in factors(model) if "correction" in n]
+    optimizer = torch.optim.AdamW(factors(model).values(), lr=1e-2)
+    model(*case.inputs.values()).square().sum().backward()
+    optimizer.step()
+    assert all(p.grad is not None for p in factors(model).values())
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in frozen.items())
+
+
 def test_norms_of_a_half_precision_model_train_in_float32_and_are_saved_in_halves(
     tmp_path: Path,
 ) -> None:
