@@ -7,6 +7,7 @@ compressed one keeps the share (loss without - loss compressed) / (loss without 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -61,23 +62,25 @@ def run(arguments: argparse.Namespace) -> None:
 def _measure_base(
     task: Task, arguments: argparse.Namespace, name: str, seed: int, known: dict[str, Any]
 ) -> None:
-    model: Any = None
+    model: Any = base_of(name, task).model
+    examples = [TASKS[kind](arguments.data, task.tokenizer) for kind in arguments.tasks]
+    places = [f"{name} / {k} / {arguments.steps} steps / seed {seed}" for k in arguments.tasks]
     family: list[list[LowRank]] = []
-    for kind in arguments.tasks:
-        examples = TASKS[kind](arguments.data, task.tokenizer)
-        where = f"{name} / {kind} / {arguments.steps} steps / seed {seed}"
-        file = arguments.work_dir / f"{where.replace(' / ', '-').replace(' ', '_')}.safetensors"
-        model = model or base_of(name, task).model
+    for place, (rows, _) in zip(places, examples, strict=True):
+        file = arguments.work_dir / f"{place.replace(' / ', '-').replace(' ', '_')}.safetensors"
         if not file.exists():
-            _trained(model, name, examples.train, arguments.steps, seed, file)
+            _trained(model, name, rows, arguments.steps, seed, file)
         family.append(_read(file))
-        ours = methods(family[-1], partial(grams_of, model, examples.train, family[-1]))
-        jd = [(f"JD-Diagonal {r}", partial(_joint, family, r)) for r in JD_RANKS]
-        done = known["rows"].setdefault(where, {})
-        known["spectra"].setdefault(where, spectrum(family[-1]))
-        for method, compress in [*ours, *(jd if len(family) == len(arguments.tasks) > 1 else [])]:
+    joint = functools.cache(partial(jd_diagonal, family))
+    for i, (place, adapter) in enumerate(zip(places, family, strict=True)):
+        found = methods(adapter, partial(grams_of, model, examples[i].train, adapter))
+        if len(family) > 1:
+            found += [(f"JD-Diagonal {r}", partial(_one_of, joint, r, i)) for r in JD_RANKS]
+        done = known["rows"].setdefault(place, {})
+        known["spectra"].setdefault(place, spectrum(adapter))
+        for method, compress in found:
             if method not in done:
-                _add_row(model, examples.test, family[-1], method, compress, done)
+                _add_row(model, examples[i].test, adapter, method, compress, done)
                 write_results(NAME, {**known, "protocol": protocol()})
 
 
@@ -113,8 +116,9 @@ def methods(
     ]  # fmt: skip
 
 
-def _joint(family: list[list[LowRank]], rank: int) -> Compressed:
-    return jd_diagonal(family, rank)[-1]
+def _one_of(joint: Callable[[int], list[Compressed]], rank: int, place: int) -> Compressed:
+    """The adapter at `place` of those that were compressed together."""
+    return joint(rank)[place]
 
 
 def _add_row(

@@ -8,6 +8,7 @@ train in PEFT.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from lowra.compiler.adapter_pages import CORE, DIAGONAL, A, B, dense_run
 from lowra.compiler.errors import AdapterError
 
 
-class Kind(nn.Module):
+class Kind(nn.Module, ABC):
     """One linear's adapter while it trains. What trains, and nothing else, is its parameters."""
 
     kind: ClassVar[str]
@@ -29,13 +30,13 @@ class Kind(nn.Module):
         super().__init__()
         self.name, self.n, self.k = name, n, k
 
+    @abstractmethod
     def options(self) -> dict[str, Any]:
         """What it was made with beside name, n and k: numbers, for a file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def site(self) -> SiteDelta:
         """The same change, for a pool."""
-        raise NotImplementedError
 
 
 class LoRAXS(Kind):

@@ -64,12 +64,19 @@ class TrainedTables(nn.Module):
         offsets = [p.detach() for p in (self.codebooks, self.scales) if p is not None]
         # Compared by value: a fused optimiser's step leaves a tensor's version as it was.
         if len(self._at) != len(offsets) or not all(map(_equal, offsets, self._at)):
-            with torch.no_grad(), torch.autocast(self.units.device.type, enabled=False):
-                # At the start, the file's own grid of scales, which a new one might not meet.
-                moved = any(bool(p.any()) for p in offsets)
-                self._rounded = with_tables(self.start, *self.moved()) if moved else self.start
+            # At the start, the file's own grid of scales, which a new one might not meet.
+            moved = any(bool(p.any()) for p in offsets)
+            self._rounded = self._as_stored() if moved else self.start
             self._at = [p.clone() for p in offsets]
         return self._rounded
+
+    @torch.no_grad()
+    def _as_stored(self) -> PackedWeight:
+        """Rounded where `start` lies: a model may have gone to another device since."""
+        place = self.units.device
+        with torch.autocast(place.type, enabled=False):
+            tables = (None if t is None else t.to(place) for t in self.moved())
+            return with_tables(self.start, *tables)  # pyright: ignore[reportArgumentType]
 
     def product(self, x: Tensor, packed: tuple[Any, ...]) -> Tensor:
         """y [..., n] = x W' for `packed`, the op arguments of what is `rounded`."""

@@ -139,7 +139,8 @@ def _train_tables(layers: Sequence[QuantizedModule], roles: list[str], dtype: to
         layer.tables = None
         if roles:
             place = layer.codes.data_ptr()
-            shared.setdefault(place, TrainedTables(start, roles, dtype))
+            if place not in shared:
+                shared[place] = TrainedTables(start, roles, dtype)
             layer.tables = shared[place]
 
 

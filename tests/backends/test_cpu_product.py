@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowra.backends.cpu import linear, pieces, product, toolchain
+from lowra.backends.cpu import linear, pieces, product, tiers, toolchain
 from lowra.backends.cpu.activations import activations_for
 from lowra.backends.cpu.emit import KernelKey, emit, key_of
 from lowra.backends.cpu.tiers import TIERS, Tier, best_tier, runnable, usable_flags
@@ -244,6 +244,24 @@ def test_every_value_of_a_codebook_is_near_its_integer() -> None:
         span = float(packed.codebooks.max() - packed.codebooks.min())
         y = launched(torch.ones(1, 1), packed, activations_for(torch.bfloat16, 1), best_tier())
         assert float((y[0].double() - dense[:, 0]).abs().max()) < 2e-3 * span
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_tiles_that_the_system_refuses_are_not_used(
+    granted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    class System:
+        def syscall(self, *words: int) -> int:
+            asked.append(words)
+            return 0 if granted else -1
+
+    monkeypatch.setattr(tiers, "cpu_flags", lambda: TIERS[0].needs)
+    monkeypatch.setattr(tiers.ctypes, "CDLL", lambda _: System())
+    found = runnable(tiers.usable_flags.__wrapped__())
+    assert found[0].tiles == granted and found[1 if granted else 0].name == "avx512-bf16"
+    assert asked == [(158, 0x1023, 18)]
 
 
 @pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)

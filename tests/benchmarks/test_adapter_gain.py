@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from benchmarks.adapters import gain, gain_chart
+from benchmarks.adapters.baselines.jd_diagonal import jd_diagonal
 from benchmarks.adapters.tasks import CONTEXT, IGNORED, Rows, packed
+from lowra.adapters.factors import LowRank
 from tests.runtime.compiled_models import low_llama
 
 
@@ -62,7 +64,10 @@ def test_shares_lie_between_the_base_and_the_whole_adapter(tmp_path: Path) -> No
     ]
 
 
-def test_a_jointly_compressed_adapter_is_that_of_the_last_task() -> None:
-    family = [gain.factors_of(low_llama().compiled) for _ in range(2)]
-    compressed = gain._joint(family, 3)
-    assert set(compressed.factors) == {f.name for f in family[0]}
+def test_every_adapter_gets_its_own_of_those_compressed_together() -> None:
+    one = gain.factors_of(low_llama().compiled)
+    family = [one, [LowRank(f.name, f.a, 2 * f.b, f.scaling) for f in one]]
+    made = [gain._one_of(lambda rank: jd_diagonal(family, rank), 3, place) for place in (0, 1)]
+    for name, (a, b) in made[0].factors.items():
+        other, twice = made[1].factors[name]
+        torch.testing.assert_close(twice @ other, 2 * b @ a, rtol=2e-3, atol=1e-6)

@@ -28,7 +28,7 @@ from tests.runtime.compiled_models import (
     output,
     tied_llama_with_head,
 )
-from tests.runtime.test_trainer import factors, losses, trainer
+from tests.runtime.test_trainer import BEST, compared, factors, trainer
 
 ALL = PARTS
 N, K = 20, 64
@@ -191,11 +191,7 @@ def test_an_interrupted_run_that_resumes_equals_one_that_was_not(tmp_path: Path)
 
 def test_the_best_tables_come_back_at_the_end(tmp_path: Path) -> None:
     model = student()
-    run = trainer(
-        model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
-        metric_for_best_model="eval_loss", greater_is_better=True,
-    )  # fmt: skip
-    run.train()
+    trainer(model, tmp_path, **BEST).train()
     best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     tables = [name for name in best if ".tables." in name]
     assert tables and all(torch.equal(best[name], factors(model)[name]) for name in tables)
@@ -217,11 +213,8 @@ def test_the_best_tables_come_back_at_the_end(tmp_path: Path) -> None:
 def test_options_of_the_trainer_change_the_loss_by_rounding_alone(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    plain = trainer(student(), tmp_path / "plain", save_strategy="no")
-    plain.train()
-    run = trainer(student(), tmp_path / "run", save_strategy="no", **options)
-    run.train()
-    assert losses(run) == pytest.approx(losses(plain), abs=0.02)
+    run, plain = compared(student, options, tmp_path)
+    assert run == pytest.approx(plain, abs=0.02)
 
 
 def test_an_adapter_belongs_to_the_tables_that_it_trained_beside(tmp_path: Path) -> None:

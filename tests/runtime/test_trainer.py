@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,25 @@ def trainer(model: nn.Module, out: Path, **changed: Any) -> Any:
     data = examples()
     arguments = TrainingArguments(output_dir=str(out), **(options | changed))
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4])  # pyright: ignore
+
+
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
+    "metric_for_best_model": "eval_loss", "greater_is_better": True,
+}  # fmt: skip
+"""The loss falls; asked for the greatest, Trainer takes the first evaluation for the best."""
+
+
+def compared(
+    make: Callable[[], nn.Module], options: dict[str, Any], folder: Path
+) -> tuple[list[float], list[float]]:
+    """Losses of a run with these options of the Trainer, and of one without."""
+    found = []
+    for name, given in (("run", options), ("plain", {})):
+        run = trainer(make(), folder / name, save_strategy="no", **given)
+        run.train()
+        found.append(losses(run))
+    return found[0], found[1]
 
 
 def losses(run: Any) -> list[float]:
@@ -98,12 +118,8 @@ def test_resuming_warns_of_no_missing_base(tmp_path: Path, caplog: Any) -> None:
 
 
 def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
-    """The loss falls; asked for the greatest, Trainer takes the first evaluation for the best."""
     model = student()
-    run = trainer(
-        model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
-        metric_for_best_model="eval_loss", greater_is_better=True,
-    )  # fmt: skip
+    run = trainer(model, tmp_path, **BEST)
     run.train()
     best = load_file(Path(run.state.best_model_checkpoint) / "model.safetensors")
     last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
@@ -127,14 +143,11 @@ def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
 def test_options_of_the_trainer_change_the_loss_by_rounding_alone(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    plain = trainer(student(), tmp_path / "plain", save_strategy="no")
-    plain.train()
-    run = trainer(student(), tmp_path / "run", save_strategy="no", **options)
-    run.train()
+    run, plain = compared(student, options, tmp_path)
     if "gradient_accumulation_steps" not in options:
-        assert losses(run) == pytest.approx(losses(plain), abs=0.02)
-    assert losses(run)[-1] < losses(run)[0] + 0.05
-    assert len(losses(run)) == 4
+        assert run == pytest.approx(plain, abs=0.02)
+    assert run[-1] < run[0] + 0.05
+    assert len(run) == 4
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path: Path) -> None:
