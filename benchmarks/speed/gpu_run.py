@@ -41,7 +41,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 FEW = tuple(
     (Blocks(rows, 16, warps, stages), parts)
     for (rows, warps), stages, parts in itertools.product(
-        ((32, 2), (64, 4), (128, 4), (128, 8)), (2, 4, 6), (2, 4, 8)
+        ((64, 4), (128, 4), (128, 8)), (2, 3, 4), (1, 2, 3, 4)
     )
 )
 MANY = tuple(
@@ -125,6 +125,8 @@ def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[R
             "lora": (
                 lambda i, x=x: op_lora(x, *plain[i % len(plain)], None, a, b, 1.0), len(plain),
             ),
+            "values": (lambda i: torch.ops.lowra.dequantize(
+                *plain[i % len(plain)], torch.bfloat16), min(4, len(plain))),
             "dense": (lambda i, x=x: functional.linear(x, dense[i % len(dense)]), len(dense)),
         }  # fmt: skip
         best = seconds_of(runs)
@@ -178,7 +180,6 @@ def main() -> None:
         for name, n, k, widths, m in [
             ("2 bits", 8192, 8192, (2.0,), 1), ("1 bit", 8192, 8192, (1.0,), 1),
             ("4 bits", 8192, 8192, (4.0,), 1), ("2 bits", 8192, 8192, (2.0,), 16),
-            ("2 bits", 8192, 8192, (2.0,), 1024),
         ] if sweep else []:  # fmt: skip
             rows = list(swept(name, n, k, widths, m))
             found["sweep"] += rows

@@ -23,6 +23,7 @@ from lowra.backends.triton.keys import (
     ValuesKey,
     weight_key,
 )
+from lowra.backends.triton.schedule import unpacks
 from lowra.backends.triton.targets import INTERPRETER, TARGETS, cuda_target, hip_target
 from lowra.backends.triton.weight import descriptors
 from lowra.compiler.ops import DIRECT
@@ -79,6 +80,18 @@ def test_targets_by_compute_capability(capability: tuple[int, int], name: str | 
     assert (target and target.name) == name
 
 
+@pytest.mark.parametrize(
+    ("m", "panels", "unpacked"),
+    [(256, (2, 8), False), (257, (2, 8), True), (1024, (1, 8), False), (1025, (1, 8), True),
+     (1024, (2, 4, 1, 4), True)],
+)  # fmt: skip
+def test_many_tokens_meet_an_unpacked_weight(
+    m: int, panels: tuple[int, ...], unpacked: bool
+) -> None:
+    assert unpacks(m, panels, TARGETS[1]) is unpacked
+    assert not unpacks(m, panels, TARGETS[3])  # never measured on AMD
+
+
 def test_targets_of_amd_devices() -> None:
     found = hip_target("gfx942:sramecc+:xnack-")
     assert found == TARGETS[3] and hip_target("gfx1100") is None
@@ -97,15 +110,15 @@ def test_an_old_device_is_declined_with_its_capability(
     assert "7.0" in caplog.text and "8.0" in caplog.text
 
 
-def test_unasked_no_kernel_serves(
+def test_switched_off_no_kernel_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv(linear.SWITCH, raising=False)
+    monkeypatch.setenv(linear.SWITCH, "off")
     linear._explain.cache_clear()
     linear.target_of.cache_clear()
     assert linear.target_of(torch.device("cuda:0")) is None
     linear.target_of.cache_clear()
-    assert f"{linear.SWITCH}=on" in caplog.text
+    assert f"{linear.SWITCH} is off" in caplog.text
 
 
 def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(

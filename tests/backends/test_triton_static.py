@@ -57,10 +57,12 @@ def machine(key: Key) -> Machine:
     return machine_code(compiled(key))
 
 
-def decode(target: Target, panels: list[int], k: int = 10240, rank: int = 0) -> LinearKey:
+def decode(
+    target: Target, panels: list[int], k: int = 10240, rank: int = 0, m: int = 1
+) -> LinearKey:
     """A product of few tokens, as `launch.product` would choose it for many rows."""
     weight = weight_key(panels, k, -1, False, len(panels) > 2)
-    blocks = linear_blocks(1, 8192, target)
+    blocks = linear_blocks(m, 8192, target)
     waits = target.overlaps and rank > 0
     return LinearKey(target, weight, "bfloat16", blocks, rank, False, True, waits)
 
@@ -79,7 +81,9 @@ def no_spills(code: Machine) -> bool:
 
 @pytest.mark.parametrize("width", BUDGET)
 def test_instructions_per_weight_stay_in_their_budget(width: int) -> None:
-    key = decode(SM90, [width, 8192])
+    """Those of 128 rows, which serve 16 tokens; one token has kernels of 64 rows with more
+    instructions, which were faster when measured."""
+    key = decode(SM90, [width, 8192], m=16)
     loop, weights = loop_of(key, width)
     whole, alu = BUDGET[width]
     assert sum(loop.values()) / weights <= whole

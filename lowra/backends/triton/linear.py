@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import launch
+from lowra.backends.triton.schedule import unpacks
 from lowra.backends.triton.targets import Target, cuda_target, hip_target
 from lowra.backends.triton.weight import Weight, declined, weight_of
 from lowra.compiler.ops import DIRECT, LIBRARY
@@ -24,7 +25,7 @@ from lowra.compiler.rotation import Rotation
 
 log = logging.getLogger("lowra")
 SWITCH = "LOWRA_GPU_KERNELS"
-"""These kernels serve where it is "on": none has run on a GPU yet, so nobody gets them unasked."""
+"""These kernels serve unless it is "off"."""
 FEW_TOKENS = 16
 """Up to here a kernel of our own makes h = x A'; above, torch does."""
 COLUMNS = math.lcm(TILE, TERNARY_TILE)
@@ -38,8 +39,8 @@ _unpacked: dict[str, Callable[..., Tensor]] = reference.kernels(reference.stored
 @functools.cache
 def target_of(device: torch.device) -> Target | None:
     """What kernels for `device` are written for; None, said once, where there are none."""
-    if os.environ.get(SWITCH) != "on":
-        return _explain(f"they have never run on a GPU; {SWITCH}=on tries them")
+    if os.environ.get(SWITCH) == "off":
+        return _explain(f"{SWITCH} is off")
     if importlib.util.find_spec("triton") is None:
         return _explain("Triton is not installed: pip install 'lowra[triton]'")
     if torch.version.hip:
@@ -119,7 +120,13 @@ def _product(
     rows = x.reshape(-1, weight.k).contiguous()
     turned = launch.rotated(rows, Rotation(*packed[7:9]), target)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = launch.product(turned, weight, target, bias, *_factors(rows, factors, target))
+    if unpacks(rows.shape[0], weight.panels, target):
+        y = functional.linear(turned, launch.values(weight, x.dtype, target), bias)
+        if factors is not None:
+            a, b, scaling = factors
+            y.addmm_(functional.linear(rows, a.to(x.dtype)), b.to(x.dtype).T, alpha=scaling)
+    else:
+        y = launch.product(turned, weight, target, bias, *_factors(rows, factors, target))
     return y.view(*x.shape[:-1], weight.n)
 
 

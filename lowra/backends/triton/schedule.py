@@ -1,4 +1,5 @@
-"""How much of a product one program computes: from counts, untuned, until a GPU has measured."""
+"""How much of a product one program computes, and when W is unpacked instead: as an H200 measured
+(benchmarks/results/speed_gpu.json, 2026-11-26), by counts elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import torch
 from lowra.backends.triton.keys import Blocks
 from lowra.backends.triton.targets import Target
 
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 2
 INTERPRETED_PROCESSORS = 2
 MANY_ROWS = 4096
+MOST_FUSED, MOST_FUSED_ONE_BIT = 256, 1024
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 
@@ -19,16 +21,26 @@ MUCH_SHARED = (80, 87, 90, 100, 103)
 
 
 def linear_blocks(m: int, n: int, target: Target) -> Blocks:
-    """Few tokens: as many rows as registers hold, which costs the fewest instructions per weight,
-    or half of them where rows are few. Many tokens: each value that is looked up meets as many."""
+    """Few tokens: 64 rows, which were faster than the fewest instructions per weight (128 rows);
+    twice as many where products weigh as well. Many: each value looked up meets as many."""
     stages = 2 if target.backend == "hip" else 4
+    if m <= 8:
+        return Blocks(64, 16, 4, stages)
     if m <= 16:
-        return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, stages)
+        return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, 2)
     if m <= 32:
         return Blocks(64, 32, 4, min(3, stages))
     if m <= 64 or target.arch not in MUCH_SHARED:
         return Blocks(64, 64, 4, 1 if target.backend == "hip" else 2)
     return Blocks(128, 128, 8, 3)
+
+
+def unpacks(m: int, panels: tuple[int, ...], target: Target) -> bool:
+    """Whether to unpack W and let torch multiply: above some tokens its products are faster, by
+    more than unpacking takes. Rows of one bit are cheap to look up and hold out longer."""
+    if target.backend != "cuda":
+        return False
+    return m > (MOST_FUSED_ONE_BIT if set(panels[0::2]) == {1} else MOST_FUSED)
 
 
 def values_blocks() -> Blocks:
