@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowra.backends.triton.emit_inputs import rotate_body, shrink_body
 from lowra.backends.triton.emit_linear import linear_body, linear_reading
-from lowra.backends.triton.emit_values import values_body
+from lowra.backends.triton.emit_values import values_body, values_reading
 from lowra.backends.triton.keys import (
     TERNARY_ID,
     Key,
@@ -28,6 +28,11 @@ def emit(key: Key) -> str:
         parts += [
             look_up_source(panel.width, key.weight.own, key.dtype)
             for panel in key.weight.panels if reading.permutes(panel.width)
+        ]  # fmt: skip
+    if isinstance(key, ValuesKey):
+        parts += [
+            look_up_source(panel.width, key.weight.own, "float16")
+            for panel in key.weight.panels if not values_reading(key, panel.width).exact
         ]  # fmt: skip
     signature = "\n".join(f"    {name}," for name in arguments(key))
     parts.append(

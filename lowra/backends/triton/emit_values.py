@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowra.backends.triton.keys import TERNARY_ID, PanelKey, ValuesKey
-from lowra.backends.triton.tables import descriptor_lines
+from lowra.backends.triton.tables import descriptor_lines, table_lines
 from lowra.backends.triton.tiles import Block, Reading, indented, row_setup, tile_lines
 
 
@@ -27,8 +29,14 @@ def values_body(key: ValuesKey) -> list[str]:
     return lines
 
 
+def values_reading(key: ValuesKey, width: int) -> Reading:
+    """By byte permutes where there are some, of codebooks as stored, in float16: exact as well."""
+    reading = Reading(key.target, key.weight, "float16", key.blocks.rows)
+    return reading if reading.permutes(width) else replace(reading, exact=True)
+
+
 def _panel(key: ValuesKey, panel: PanelKey) -> list[str]:
-    reading = Reading(key.target, key.weight, key.dtype, key.blocks.rows, exact=True)
+    reading = values_reading(key, panel.width)
     length = 320 if panel.width == TERNARY_ID else 256
 
     def use(block: Block) -> list[str]:
@@ -36,6 +44,7 @@ def _panel(key: ValuesKey, panel: PanelKey) -> list[str]:
 
     lines = [
         *row_setup(panel),
+        *(table_lines(panel.width, key.weight.own, "float16") if not reading.exact else []),
         f"t = first_column // {length} + tl.program_id(1)",
         f"if t < tl.minimum(full, (last_column + {length - 1}) // {length}):",
         *indented(tile_lines(reading, panel, False, use)),
@@ -52,6 +61,7 @@ def _store(key: ValuesKey, block: Block) -> list[str]:
     group = key.weight.group
     ok = "live & c_ok[None, :]" if block.tail else "live"
     lines = [f"a = {block.values}"] if block.values != "a" else []
+    lines.append("a = a.to(tl.float32)")
     if group < 0:
         lines.append("a = a * row_scale")
     if group > 0:
