@@ -16,7 +16,7 @@ from benchmarks.finetune.readme import finetuned, memory
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.rows import ORIGINAL, missing_by_reason
 from benchmarks.results_file import FOLDER
-from benchmarks.speed.readme import assigning, fitting, serving, speed
+from benchmarks.speed.readme import assigning, fitting, gpu, serving, speed
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,7 @@ def main() -> None:
     documents = {
         "README.md": {
             "quality": quality, "demo": demo, "compile": compile_time, "fit": fitting,
-            "assign": assigning, "speed_cpu": speed, "adapters": serving,
+            "assign": assigning, "speed_cpu": speed, "adapters": serving, "speed_gpu": gpu,
         },
         "docs/guide-adapters.md": {"adapters_gain": gain},
         "docs/guide-finetuning.md": {"finetune_quality": finetuned, "finetune_memory": memory},

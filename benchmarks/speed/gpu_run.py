@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +38,11 @@ SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
     ("2 bits", 4096, 4096, (2,)), ("1.5 bits mixed", 4096, 14336, (2, 1)),
 )  # fmt: skip
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+SWEPT = (
+    ("4 bits", 8192, 8192, (4,), 1), ("2 bits", 8192, 8192, (2,), 1),
+    ("1 bit", 8192, 8192, (1,), 1), ("2 bits", 8192, 8192, (2,), 16),
+    ("2 bits", 8192, 8192, (2,), 256),
+)  # fmt: skip
 FEW = tuple(
     (Blocks(rows, 16, warps, stages), parts)
     for (rows, warps), stages, parts in itertools.product(
@@ -177,17 +182,11 @@ def main() -> None:
                 found["rows"].append(row)
                 print(" ".join(_text(v) for v in row.values()), flush=True)
             write_results("speed_gpu", found)
-        for name, n, k, widths, m in [
-            ("2 bits", 8192, 8192, (2.0,), 1), ("1 bit", 8192, 8192, (1.0,), 1),
-            ("4 bits", 8192, 8192, (4.0,), 1), ("2 bits", 8192, 8192, (2.0,), 16),
-        ] if sweep else []:  # fmt: skip
+        for name, n, k, widths, m in SWEPT if sweep else ():
             rows = list(swept(name, n, k, widths, m))
             found["sweep"] += rows
-            print(
-                name,
-                m,
-                json.dumps(sorted((r.get("us", 1e9), r["blocks"], r["parts"]) for r in rows)[:6]),
-            )
+            best = sorted((r.get("us", math.inf), r["blocks"], r["parts"]) for r in rows)[:6]
+            print(name, m, *best, sep="\n  ", flush=True)
             write_results("speed_gpu", found)
 
 

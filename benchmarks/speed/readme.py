@@ -52,6 +52,25 @@ def _products(part: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {n} x {k} | {bits:.1f} | {ratios} |"
 
 
+def gpu(data: Mapping[str, Any]) -> Iterator[str]:
+    """Products on a GPU beside torch's."""
+    versions = data["environment"]
+    yield (
+        "Products on packed weights, times as fast as torch's bfloat16 linear, by replay of CUDA "
+        f"graphs, weights in no cache ({data['gpu']}, torch {versions['torch']}, "
+        f"{versions['date']}, `benchmarks/results/speed_gpu.json`):"
+    )
+    rows = data["rows"]
+    tokens = sorted({row["m"] for row in rows})
+    yield ""
+    yield "| weight | stored in | " + " | ".join(f"{m} tokens" for m in tokens) + " |"
+    yield "|---" * (2 + len(tokens)) + "|"
+    found = {(row["case"], row["n"], row["k"], row["m"]): row["ratio"] for row in rows}
+    for case, n, k in dict.fromkeys((row["case"], row["n"], row["k"]) for row in rows):
+        ratios = " | ".join(f"{found[case, n, k, m]:.2f}" for m in tokens)
+        yield f"| {n} x {k} | {case} | {ratios} |"
+
+
 def _activations(part: Mapping[str, Any]) -> Iterator[str]:
     rows, kl = part["result"]["products"], part["result"].get("kl")
     where = f"{part['processor']}, {part['threads']} threads, {part['date']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.speed.readme import assigning, fitting, serving, speed
+from benchmarks.speed.readme import assigning, fitting, gpu, serving, speed
 
 WHERE = {"date": "2026-11-25", "processor": "A CPU", "threads": 2}
 PRODUCTS = [
@@ -72,3 +72,11 @@ def test_serving_names_sizes_and_times() -> None:
     text = " ".join(serving(data))
     for words in ("1,000 packed", "1.01 MB each (+1.0%", "42 ms", "10 ms", "12 with", "15 with"):
         assert words in text
+
+
+def test_a_gpu_has_its_table_and_its_name() -> None:
+    rows = [{"case": "2 bits", "n": 8, "k": 16, "m": m, "ratio": 1.5 * m} for m in (1, 4)]
+    versions = {"torch": "9.9", "date": "2026-11-26"}
+    text = "\n".join(gpu({"gpu": "A GPU", "environment": versions, "rows": rows}))
+    assert "(A GPU, torch 9.9, 2026-11-26" in text
+    assert "| 8 x 16 | 2 bits | 1.50 | 6.00 |" in text
