@@ -1,85 +1,197 @@
-"""Predicted times of the GPU kernels, from bytes and compiled instructions. Nothing is measured.
+"""Measured times of the GPU kernels beside torch's bfloat16 linear, by replay of CUDA graphs.
 
-    python -m benchmarks.speed.gpu
+    python -m benchmarks.speed.gpu_run [--sweep]
 
-For each case: packed bytes at the memory's rate, and instructions of the compiled loop at the rate
-of issue and of the integer units; the largest counts, plus a fixed launch time. The first run on a
-GPU is a test of these figures. Writes benchmarks/results/speed_gpu_predicted.json. Needs Triton.
+Every product runs over weights that are together larger than the cache, both sides by turns in one
+run; seconds are the least of several replays, per product. `--sweep` tries other blocks and parts.
+Writes benchmarks/results/speed_gpu.json. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.results_file import write_results
-from lowra.backends.triton.keys import LinearKey, weight_key
-from lowra.backends.triton.schedule import linear_blocks
-from lowra.backends.triton.static import compile_for, loop_instructions, machine_code
-from lowra.backends.triton.targets import TARGETS
-from lowra.compiler.packing import row_words
+from lowra.backends.triton import launch, linear, schedule
+from lowra.backends.triton.keys import Blocks
+from lowra.compiler.packing import levels_of, width_id
+from lowra.compiler.rotation import Rotation, largest_block
+from lowra.compiler.storage import ROW_SCALES, PackedWeight, pack_weight
 
-# An H200 by its data sheet and what others report: none of it measured here.
-BYTES_PER_SECOND = 4.3e12
-ISSUED_PER_SECOND = 132 * 128 * 1.98e9
-INTEGER_PER_SECOND = ISSUED_PER_SECOND / 2
-LAUNCH_SECONDS = 2.5e-6
-INTEGER = ("LOP3", "SHF", "PRMT", "SEL", "ISETP", "IADD3", "LEA")
-CASES: tuple[tuple[str, int, list[int]], ...] = (
-    ("8192 x 8192, 4 bits", 8192, [4, 8192]),
-    ("8192 x 8192, 2 bits", 8192, [2, 8192]),
-    ("8192 x 8192, 1 bit", 8192, [1, 8192]),
-    ("28672 x 4096, 1.5 bits mixed", 4096, [2, 14336, 1, 14336]),
+COLD_BYTES = 256 << 20
+MOST_COPIES = 64
+TURNS = 7
+RANK = 16
+SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
+    ("4 bits", 8192, 8192, (4,)), ("3 bits", 8192, 8192, (3,)), ("2 bits", 8192, 8192, (2,)),
+    ("1 bit", 8192, 8192, (1,)), ("1.5 bits mixed", 28672, 4096, (2, 1)),
+    ("2 bits", 4096, 4096, (2,)), ("1.5 bits mixed", 4096, 14336, (2, 1)),
+)  # fmt: skip
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+SWEPT = (
+    ("4 bits", 8192, 8192, (4,), 1), ("2 bits", 8192, 8192, (2,), 1),
+    ("1 bit", 8192, 8192, (1,), 1), ("2 bits", 8192, 8192, (2,), 16),
+    ("2 bits", 8192, 8192, (2,), 256),
+)  # fmt: skip
+FEW = tuple(
+    (Blocks(rows, 16, warps, stages), parts)
+    for (rows, warps), stages, parts in itertools.product(
+        ((64, 4), (128, 4), (128, 8)), (2, 3, 4), (1, 2, 3, 4)
+    )
 )
-"""Rows of the issue's table that are decided by one product with 1 to 16 tokens."""
+MANY = tuple(
+    (Blocks(*sizes), 4)
+    for sizes in (
+        (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3), (128, 256, 8, 3), (128, 64, 4, 4),
+        (64, 256, 4, 3), (256, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 4),
+    )
+)  # fmt: skip
+
+Row = dict[str, Any]
+Run = Callable[[int], object]
 
 
-def instructions(width: int) -> tuple[float, float]:
-    """Per weight, of the loop of a kernel for few tokens on sm_90: all, and those for integers."""
-    target = next(t for t in TARGETS if t.name == "sm90")
-    weight = weight_key([width, 8192], 8192, -1, False, False)
-    key = LinearKey(target, weight, "bfloat16", linear_blocks(1, 8192, target), split=True)
-    loops = loop_instructions(machine_code(compile_for(key)))
-    loop = max(loops, key=lambda counts: sum(counts.values()))
-    weights = key.blocks.rows * 256 / (32 * key.blocks.warps)
-    integer = sum(n for op, n in loop.items() if op.split(".")[0] in INTEGER)
-    return sum(loop.values()) / weights, integer / weights
+def weight_of(n: int, k: int, widths: tuple[float, ...], turned: bool) -> PackedWeight:
+    """Random codes, equal shares of rows per width, shared codebooks, row scales."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.tensor([width_id(w) for w in widths], dtype=torch.uint8)
+    rows = ids.repeat_interleave(-(-n // len(widths)))[:n]
+    codes = torch.randint(min(levels_of(int(i)) for i in ids), (n, k), generator=random)
+    books = {w: torch.linspace(-1.0, 1.0, levels_of(width_id(w))) ** 3 for w in widths}
+    scales = torch.rand(n, 1, generator=random) + 0.5
+    rotation = Rotation(0, largest_block(k) if turned else 1)
+    return pack_weight(codes.to(torch.uint8), rows, books, scales, ROW_SCALES, rotation)
 
 
-def predicted(name: str, k: int, panels: list[int]) -> dict[str, Any]:
-    """Microseconds of one product, and the ratio to bfloat16 read at the same rate."""
-    pairs = list(zip(panels[0::2], panels[1::2], strict=True))
-    n = sum(rows for _, rows in pairs)
-    size_bytes = sum(rows * row_words(k, id) * 4 for id, rows in pairs)
-    costs = [(rows * k, *instructions(id)) for id, rows in pairs]
-    seconds = {
-        "memory": size_bytes / BYTES_PER_SECOND,
-        "issue": sum(count * whole for count, whole, _ in costs) / ISSUED_PER_SECOND,
-        "integer units": sum(count * alu for count, _, alu in costs) / INTEGER_PER_SECOND,
-    }
-    bound = max(seconds, key=lambda what: seconds[what])
-    total = seconds[bound] + LAUNCH_SECONDS
-    dense = 2 * n * k / BYTES_PER_SECOND + LAUNCH_SECONDS
-    return {
-        "case": name, "megabytes": size_bytes / 1e6, "bound by": bound,
-        **{f"{what} us": 1e6 * value for what, value in seconds.items()},
-        "predicted us": 1e6 * total, "predicted ratio to bfloat16": dense / total,
-    }  # fmt: skip
+def copies_of(weight: PackedWeight) -> list[tuple[Any, ...]]:
+    codes, *rest = (a.cuda() if isinstance(a, Tensor) else a for a in weight.op_args())
+    assert isinstance(codes, Tensor)
+    count = max(2, min(MOST_COPIES, -(-COLD_BYTES // (codes.numel() * 4))))
+    return [(codes.clone(), *rest) for _ in range(count)]
+
+
+def graph_of(run: Run, count: int) -> torch.cuda.CUDAGraph:
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for turn in range(2):
+            run(turn)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for turn in range(count):
+            run(turn)
+    return graph
+
+
+def seconds_of(runs: dict[str, tuple[Run, int]]) -> dict[str, float]:
+    """Least seconds of one product of each, by turns; a run comes with its number of copies."""
+    graphs = {name: (graph_of(run, count), count) for name, (run, count) in runs.items()}
+    best = dict.fromkeys(graphs, float("inf"))
+    for _ in range(TURNS):
+        for name, (graph, count) in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best[name] = min(best[name], start.elapsed_time(end) / 1e3 / count)
+    return best
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    to = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of({"copy": (lambda _: to.copy_(source), 4)})["copy"]
+
+
+def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[Row]:
+    op, op_lora = torch.ops.lowra.quantized_linear, torch.ops.lowra.quantized_linear_lora
+    plain, turned = (copies_of(weight_of(n, k, widths, turned)) for turned in (False, True))
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16)]
+    dense += [dense[0].clone() for _ in range(max(1, COLD_BYTES // (n * k * 2) - 1))]
+    a = torch.randn(RANK, k, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(n, RANK, device="cuda", dtype=torch.bfloat16)
+    size = plain[0][0].numel() * 4
+    for m in TOKENS:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        runs: dict[str, tuple[Run, int]] = {
+            "lowra": (lambda i, x=x: op(x, *plain[i % len(plain)], None), len(plain)),
+            "rotated": (lambda i, x=x: op(x, *turned[i % len(turned)], None), len(turned)),
+            "lora": (
+                lambda i, x=x: op_lora(x, *plain[i % len(plain)], None, a, b, 1.0), len(plain),
+            ),
+            "values": (lambda i: torch.ops.lowra.dequantize(
+                *plain[i % len(plain)], torch.bfloat16), min(4, len(plain))),
+            "dense": (lambda i, x=x: functional.linear(x, dense[i % len(dense)]), len(dense)),
+        }  # fmt: skip
+        best = seconds_of(runs)
+        yield {
+            "case": name, "n": n, "k": k, "m": m, "bytes": size,
+            **{f"{what}_us": 1e6 * seconds for what, seconds in best.items()},
+            "ratio": best["dense"] / best["lowra"], "gb_per_s": size / best["lowra"] / 1e9,
+            "lora_over_plain": best["lora"] / best["lowra"],
+        }  # fmt: skip
+
+
+def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Iterator[Row]:
+    """Microseconds by blocks, in the order of the table; a kernel that fails says why."""
+    copies = copies_of(weight_of(n, k, widths, False))
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    was = launch.linear_blocks, schedule.PROGRAMS_PER_PROCESSOR
+    for blocks, parts in FEW if m <= 16 else MANY:
+        launch.linear_blocks = lambda *_, blocks=blocks: blocks
+        schedule.PROGRAMS_PER_PROCESSOR = parts
+        target = linear.target_of(x.device)
+        weight = linear.weight_of(copies[0])
+        row = {"case": name, "n": n, "k": k, "m": m, "blocks": str(blocks), "parts": parts}
+        try:
+            assert target is not None
+            launch.product(x, weight, target, None)
+            run = partial(_product, x, copies, target)
+            yield {**row, "us": 1e6 * seconds_of({"it": (run, len(copies))})["it"]}
+        except Exception as error:
+            yield {**row, "error": str(error)[:100]}
+    launch.linear_blocks, schedule.PROGRAMS_PER_PROCESSOR = was
+
+
+def _product(x: Tensor, copies: list[tuple[Any, ...]], target: Any, turn: int) -> Tensor:
+    return launch.product(x, linear.weight_of(copies[turn % len(copies)]), target, None)
 
 
 def main() -> None:
-    rows = [predicted(*case) for case in CASES]
-    table = Table(title="predicted on an H200, not measured")
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console = Console(width=160)
-    console.print(table)
-    path = write_results("speed_gpu_predicted", {"measured": False, "device": "H200", "rows": rows})
-    console.print(f"wrote {path}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true")
+    sweep = parser.parse_args().sweep
+    os.environ[linear.SWITCH] = "on"
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "rows": [], "sweep": []}
+    found["copy_gb_per_s"] = copy_bandwidth() / 1e9
+    print(found["gpu"], f"copy {found['copy_gb_per_s']:.0f} GB/s", flush=True)
+    with torch.no_grad():
+        for case in SHAPES:
+            for row in measured(*case):
+                found["rows"].append(row)
+                print(" ".join(_text(v) for v in row.values()), flush=True)
+            write_results("speed_gpu", found)
+        for name, n, k, widths, m in SWEPT if sweep else ():
+            rows = list(swept(name, n, k, widths, m))
+            found["sweep"] += rows
+            best = sorted((r.get("us", math.inf), r["blocks"], r["parts"]) for r in rows)[:6]
+            print(name, m, *best, sep="\n  ", flush=True)
+            write_results("speed_gpu", found)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
