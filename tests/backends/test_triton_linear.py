@@ -67,6 +67,24 @@ def test_rows_of_one_width(width: int, group: int) -> None:
     check(Shape(70, 1344, (width,), group, shared=group < 0), 3, 0, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("block", [1, 64])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_many_tokens_by_way_of_an_unpacked_weight(
+    rank: int, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def always(m: int, panels: tuple[int, ...], target: object) -> bool:
+        asked.append((m, *panels))
+        return True
+
+    monkeypatch.setattr(linear, "unpacks", always)
+    monkeypatch.setattr(launch, "product", None)  # not asked
+    check(Shape(140, 576, (2, 4, 9), block=block), 20, rank, dtype)
+    assert [m for m, *_ in asked] == [20]
+
+
 def test_parts_of_a_sum_are_added_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split among more programs than interpreted processors ask for; counters end at zero."""
     monkeypatch.setattr(schedule, "INTERPRETED_PROCESSORS", 64)

@@ -1,5 +1,5 @@
-"""How much of a product one program computes, and when W is unpacked instead: as an H200 measured
-(benchmarks/results/speed_gpu.json, 2026-11-26), by counts elsewhere."""
+"""How much of a product one program computes, and when W is unpacked instead: as one H200 measured
+at a few shapes (docs/decisions/0017), and taken for every GPU."""
 
 from __future__ import annotations
 
