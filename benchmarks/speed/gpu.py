@@ -1,6 +1,6 @@
 """Measured times of the GPU kernels beside torch's bfloat16 linear, by replay of CUDA graphs.
 
-    python -m benchmarks.speed.gpu_run [--sweep]
+    python -m benchmarks.speed.gpu [--sweep]
 
 Every product runs over weights that are together larger than the cache, both sides by turns in one
 run; seconds are the least of several replays, per product. `--sweep` tries other blocks and parts.
@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,8 @@ from torch.nn import functional
 from benchmarks.results_file import write_results
 from lowra.backends.triton import launch, linear, schedule
 from lowra.backends.triton.keys import Blocks
-from lowra.compiler.packing import levels_of, width_id
-from lowra.compiler.rotation import Rotation, largest_block
-from lowra.compiler.storage import ROW_SCALES, PackedWeight, pack_weight
+from lowra.compiler.storage import UNROTATED, PackedWeight
+from lowra.workflows.bench import random_weight
 
 COLD_BYTES = 256 << 20
 MOST_COPIES = 64
@@ -59,18 +59,6 @@ MANY = tuple(
 
 Row = dict[str, Any]
 Run = Callable[[int], object]
-
-
-def weight_of(n: int, k: int, widths: tuple[float, ...], turned: bool) -> PackedWeight:
-    """Random codes, equal shares of rows per width, shared codebooks, row scales."""
-    random = torch.Generator().manual_seed(0)
-    ids = torch.tensor([width_id(w) for w in widths], dtype=torch.uint8)
-    rows = ids.repeat_interleave(-(-n // len(widths)))[:n]
-    codes = torch.randint(min(levels_of(int(i)) for i in ids), (n, k), generator=random)
-    books = {w: torch.linspace(-1.0, 1.0, levels_of(width_id(w))) ** 3 for w in widths}
-    scales = torch.rand(n, 1, generator=random) + 0.5
-    rotation = Rotation(0, largest_block(k) if turned else 1)
-    return pack_weight(codes.to(torch.uint8), rows, books, scales, ROW_SCALES, rotation)
 
 
 def copies_of(weight: PackedWeight) -> list[tuple[Any, ...]]:
@@ -116,7 +104,8 @@ def copy_bandwidth() -> float:
 
 def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[Row]:
     op, op_lora = torch.ops.lowra.quantized_linear, torch.ops.lowra.quantized_linear_lora
-    plain, turned = (copies_of(weight_of(n, k, widths, turned)) for turned in (False, True))
+    weight = random_weight(n, k, *widths)
+    plain, turned = copies_of(replace(weight, rotation=UNROTATED)), copies_of(weight)
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16)]
     dense += [dense[0].clone() for _ in range(max(1, COLD_BYTES // (n * k * 2) - 1))]
     a = torch.randn(RANK, k, device="cuda", dtype=torch.bfloat16)
@@ -130,8 +119,10 @@ def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[R
             "lora": (
                 lambda i, x=x: op_lora(x, *plain[i % len(plain)], None, a, b, 1.0), len(plain),
             ),
-            "values": (lambda i: torch.ops.lowra.dequantize(
-                *plain[i % len(plain)], torch.bfloat16), min(4, len(plain))),
+            "values": (
+                lambda i: torch.ops.lowra.dequantize(*plain[i % len(plain)], torch.bfloat16),
+                len(plain),
+            ),
             "dense": (lambda i, x=x: functional.linear(x, dense[i % len(dense)]), len(dense)),
         }  # fmt: skip
         best = seconds_of(runs)
@@ -145,7 +136,7 @@ def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[R
 
 def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Iterator[Row]:
     """Microseconds by blocks, in the order of the table; a kernel that fails says why."""
-    copies = copies_of(weight_of(n, k, widths, False))
+    copies = copies_of(replace(random_weight(n, k, *widths), rotation=UNROTATED))
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     was = launch.linear_blocks, schedule.PROGRAMS_PER_PROCESSOR
     for blocks, parts in FEW if m <= 16 else MANY:

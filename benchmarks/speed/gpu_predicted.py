@@ -1,6 +1,6 @@
 """Predicted times of the GPU kernels, from bytes and compiled instructions. Nothing is measured.
 
-    python -m benchmarks.speed.gpu
+    python -m benchmarks.speed.gpu_predicted
 
 For each case: packed bytes at the memory's rate, and instructions of the compiled loop at the rate
 of issue and of the integer units; the largest counts, plus a fixed launch time. The first run on a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -41,15 +41,8 @@ def _products(part: Mapping[str, Any]) -> Iterator[str]:
         f"in no cache ({part['processor']}, {part['threads']} threads, {part['date']}, "
         "`benchmarks/results/speed_cpu.json`):"
     )
-    rows = part["result"]
-    tokens = sorted({row["m"] for row in rows})
     yield ""
-    yield "| weight | bits | " + " | ".join(f"{m} tokens" for m in tokens) + " |"
-    yield "|---" * (2 + len(tokens)) + "|"
-    found = {(row["n"], row["k"], row["bits"], row["m"]): row["ratio"] for row in rows}
-    for n, k, bits in dict.fromkeys((row["n"], row["k"], row["bits"]) for row in rows):
-        ratios = " | ".join(f"{found[n, k, bits, m]:.2f}" for m in tokens)
-        yield f"| {n} x {k} | {bits:.1f} | {ratios} |"
+    yield from _ratios("bits", [{**row, "stored": f"{row['bits']:.1f}"} for row in part["result"]])
 
 
 def gpu(data: Mapping[str, Any]) -> Iterator[str]:
@@ -60,15 +53,19 @@ def gpu(data: Mapping[str, Any]) -> Iterator[str]:
         f"graphs, weights in no cache ({data['gpu']}, torch {versions['torch']}, "
         f"{versions['date']}, `benchmarks/results/speed_gpu.json`):"
     )
-    rows = data["rows"]
-    tokens = sorted({row["m"] for row in rows})
     yield ""
-    yield "| weight | stored in | " + " | ".join(f"{m} tokens" for m in tokens) + " |"
+    yield from _ratios("stored in", [{**row, "stored": row["case"]} for row in data["rows"]])
+
+
+def _ratios(stored: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A table of ratios: a line per weight and what it is stored in, a column per tokens."""
+    tokens = sorted({row["m"] for row in rows})
+    yield f"| weight | {stored} | " + " | ".join(f"{m} tokens" for m in tokens) + " |"
     yield "|---" * (2 + len(tokens)) + "|"
-    found = {(row["case"], row["n"], row["k"], row["m"]): row["ratio"] for row in rows}
-    for case, n, k in dict.fromkeys((row["case"], row["n"], row["k"]) for row in rows):
-        ratios = " | ".join(f"{found[case, n, k, m]:.2f}" for m in tokens)
-        yield f"| {n} x {k} | {case} | {ratios} |"
+    found = {(row["n"], row["k"], row["stored"], row["m"]): row["ratio"] for row in rows}
+    for n, k, kind in dict.fromkeys((row["n"], row["k"], row["stored"]) for row in rows):
+        ratios = " | ".join(f"{found[n, k, kind, m]:.2f}" for m in tokens)
+        yield f"| {n} x {k} | {kind} | {ratios} |"
 
 
 def _activations(part: Mapping[str, Any]) -> Iterator[str]:

@@ -81,16 +81,21 @@ def bench_model(model: nn.Module, tokens: tuple[int, ...], seconds: float) -> It
             yield bench_weight(alike[0].stored(), m, alike[0].dtype, seconds, uses=len(alike))
 
 
-def random_weight(n: int, k: int, width: float) -> PackedWeight:
-    """A weight of one width with shared codebooks, row scales and rotation, as compiling makes."""
-    id, generator = width_id(width), torch.Generator().manual_seed(0)
-    count = levels_of(id)
-    codes = torch.randint(count, (n, k), generator=generator, dtype=torch.uint8)
-    levels = torch.linspace(-1.0, 1.0, count) ** 3
-    widths = torch.full((n,), id, dtype=torch.uint8)
+def random_weight(n: int, k: int, *widths: float) -> PackedWeight:
+    """A weight [n, k] with as many rows of each width, shared codebooks, row scales and rotation,
+    as compiling makes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([width_id(width) for width in widths], dtype=torch.uint8)
+    row_widths = ids.repeat_interleave(-(-n // len(widths)))[:n]
+    counts = {int(id): int((row_widths == id).sum()) for id in ids}
+    codes = [
+        torch.randint(levels_of(id), (rows, k), generator=generator, dtype=torch.uint8)
+        for id, rows in counts.items()
+    ]
+    books = {w: torch.linspace(-1.0, 1.0, levels_of(width_id(w))) ** 3 for w in widths}
     scales = torch.rand(n, 1, generator=generator) + 0.5
     rotation = Rotation(0, largest_block(k))
-    return pack_weight(codes, widths, {width: levels}, scales, ROW_SCALES, rotation)
+    return pack_weight(torch.cat(codes), row_widths, books, scales, ROW_SCALES, rotation)
 
 
 def bench_weight(

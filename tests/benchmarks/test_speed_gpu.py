@@ -1,0 +1,39 @@
+"""The GPU benchmark without a GPU: what it writes, and what it measures of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.speed import gpu
+from lowra.compiler.storage import UNROTATED
+from lowra.workflows.bench import random_weight
+
+
+def test_rows_and_sweep_are_written_and_the_best_blocks_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: dict[str, Any] = {}
+    swept = [{"blocks": "a", "parts": 1, "us": 7.0}, {"blocks": "b", "parts": 2, "error": "no"},
+             {"blocks": "c", "parts": 3, "us": 5.0}]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["gpu", "--sweep"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(gpu, "measured", lambda *case: iter([{"case": case[0], "ratio": 1.5}]))
+    monkeypatch.setattr(gpu, "swept", lambda *case: iter(swept))
+    monkeypatch.setattr(gpu, "write_results", lambda name, data: written.update({name: data}))
+    monkeypatch.setenv(gpu.linear.SWITCH, "on")
+    gpu.main()
+    found = written["speed_gpu"]
+    assert len(found["rows"]) == len(gpu.SHAPES) and found["copy_gb_per_s"] == 1000
+    assert found["sweep"] == swept * len(gpu.SWEPT)
+    text = capsys.readouterr().out
+    assert text.index("(5.0, 'c', 3)") < text.index("(7.0, 'a', 1)") < text.index("(inf, 'b', 2)")
+
+
+def test_rows_of_every_width_hold_all_of_its_codes() -> None:
+    weight = replace(random_weight(64, 256, 2, 1), rotation=UNROTATED)
+    assert [len(row.unique()) for row in weight.dequantize()] == [4] * 32 + [2] * 32
