@@ -16,6 +16,7 @@ from lowra.passes import AssignPrecision, TuneBlocks, TuneModel
 from lowra.passes.adapter_ranks import rank_of
 from lowra.recipe_checks import RANKS, check_together, check_values, patterns
 from lowra.recipe_pipeline import assignment_of, passes_of
+from lowra.runtime.training import ADAPTERS
 
 PREFIX = 0.3
 """Share of the quantized prefix's error that a site makes up for (decision 10)."""
@@ -55,6 +56,8 @@ class Recipe:
         rank} for the sites that match; of several, the first wins. rslora: the adapter's output is
         scaled by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) in place of alpha / rank.
         lora_dropout: share of the adapter's inputs that training drops, as in PEFT.
+    train: what trains unless a training run says otherwise, out of "adapters", "norms", "codebooks"
+        and "scales" (`lowra.prepare_training`).
     correction_rank, correction_bits: a frozen low-rank correction beside every packed weight, its
         factors at 4 or 8 bits per value; counted in stored bits. Rank 0 for none.
     threshold_average: (preset "lowra") what the paper's thresholds are averaged over, which its
@@ -95,6 +98,7 @@ class Recipe:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     rslora: bool = False
     lora_dropout: float = 0.0
+    train: tuple[str, ...] = ADAPTERS
     init: str | None = None
     threshold_average: str | None = None
     loftq_mappings: str | None = None
@@ -117,7 +121,8 @@ class Recipe:
     def __post_init__(self) -> None:
         check_values(self)
         settled: dict[str, Any] = {
-            name: patterns(name, getattr(self, name)) for name in ("include", "ignore", "targets")
+            name: patterns(name, getattr(self, name))
+            for name in ("include", "ignore", "targets", "train")
         }
         if self.layouts not in (None, "auto"):
             settled["layouts"] = tuple(dict.fromkeys(patterns("layouts", self.layouts)))
@@ -139,7 +144,7 @@ class Recipe:
         if "bit_budget" not in data:
             raise RecipeError("a recipe needs bit_budget, bits per compressed weight")
         values = dict(data)
-        for name in ("widths", "include", "ignore", "targets", "layouts"):
+        for name in ("widths", "include", "ignore", "targets", "layouts", "train"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(**values)

@@ -15,6 +15,7 @@ from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY, WIDTHS
 from lowra.passes.correct_weights import CORRECTION_BITS
 from lowra.passes.paper_mappings import AVERAGES
+from lowra.runtime.training import check_parts
 
 if TYPE_CHECKING:
     from lowra.recipe import Recipe
@@ -55,6 +56,7 @@ def check_values(recipe: Recipe) -> None:
             check_whole(name, getattr(recipe, name), 1 if name in SIZES else 0)
     for name in ("include", "ignore", "targets"):
         patterns(name, getattr(recipe, name))
+    check_parts(patterns("train", recipe.train))
     _check_types(recipe)
     _check_adapter(recipe)
     _check_widths(recipe)
@@ -66,6 +68,8 @@ def check_together(recipe: Recipe) -> None:
     """Fields that cannot stand beside each other. Raises RecipeError."""
     if recipe.shared_codebooks and recipe.group == 0:
         raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
+    if recipe.group == 0 and "scales" in recipe.train:
+        raise RecipeError("train='scales' needs scales: use group=-1 or a group size")
     _check_preset(recipe)
     _check_choosing(recipe)
     _check_ranks(recipe)

@@ -90,11 +90,18 @@ LoraDropoutOption = Annotated[
     float | None,
     typer.Option(help="Share of an adapter's inputs that training drops.", rich_help_panel=PANEL),
 ]
+TrainOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="adapters,norms,codebooks,scales", rich_help_panel=PANEL,
+        help="What fine-tuning trains, parted by commas.",
+    ),
+]  # fmt: skip
 
 ADVANCED = (
     "layouts", "group", "scale_bits", "codebook_bits", "shared_codebooks", "rotation", "guided",
     "init", "correction_rank", "correction_bits", "alpha", "targets", "rank_pattern", "rslora",
-    "lora_dropout",
+    "lora_dropout", "train",
 )  # fmt: skip
 """Names of these options, which are those of the recipe's fields."""
 
@@ -104,8 +111,14 @@ def advanced_fields(ctx: typer.Context) -> dict[str, Any]:
     from lowra.passes.adapter_ranks import parse_ranks
 
     fields = {name: ctx.params[name] for name in ADVANCED}
-    if fields["layouts"] not in (None, "auto"):
-        fields["layouts"] = tuple(text.strip() for text in fields["layouts"].split(","))
+    for name in ("layouts", "train"):
+        if fields[name] not in (None, "auto"):
+            fields[name] = parted(fields[name])
     fields["targets"] = tuple(fields["targets"] or ()) or None
     fields["rank_pattern"] = dict(parse_ranks(fields["rank_pattern"] or ())) or None
     return fields
+
+
+def parted(text: str) -> tuple[str, ...]:
+    """What commas part."""
+    return tuple(part.strip() for part in text.split(","))

@@ -24,6 +24,7 @@ from lowra.cli.advanced import (
     ScaleBitsOption,
     SharedCodebooksOption,
     TargetsOption,
+    TrainOption,
     advanced_fields,
 )
 from lowra.cli.calibration_options import (
@@ -121,6 +122,7 @@ def compile_model(
     rank_pattern: RankPatternOption = None,
     rslora: RsloraOption = None,
     lora_dropout: LoraDropoutOption = None,
+    train: TrainOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:

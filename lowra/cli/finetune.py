@@ -75,7 +75,7 @@ def finetune_model(
         str | None,
         typer.Option(
             metavar="adapters,norms,codebooks,scales",
-            help="What trains, parted by commas. [adapters]",
+            help="What trains, parted by commas. [as compiled]",
         ),
     ] = None,
     checkpointing: Annotated[
@@ -99,13 +99,14 @@ def finetune_model(
 
     Interrupted, the same command goes on at the last checkpoint.
     """
+    from lowra.cli.advanced import parted
     from lowra.cli.compile import check_output
     from lowra.compiler.progress import show_progress
     from lowra.workflows.training_settings import TrainingSettings
 
     given = {name: ctx.params[name] for name in FIELDS if ctx.params[name] is not None}
     if train is not None:
-        given["train"] = tuple(part.strip() for part in train.split(","))
+        given["train"] = parted(train)
     settings = TrainingSettings.from_dict(given)
     check_output(out, overwrite)
     whole = out.expanduser().absolute()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowra.compiler.errors import CheckpointError, nearest
+from lowra.compiler.errors import CheckpointError, RecipeError, nearest
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.manifest import checksum
 from lowra.runtime.module_view import quantized_linears
@@ -34,7 +34,10 @@ MARK = "lowra.base"
 DIGESTS = ("original model", "recipe", "compressed weights")
 STATE = "model.safetensors"
 NOTE = "lowra_training.json"
-PARTS = ("adapters", "norms", *TABLES)
+ADAPTERS = ("adapters",)
+"""What trains unless a recipe or a training run says otherwise."""
+
+PARTS = (*ADAPTERS, "norms", *TABLES)
 """What may train."""
 
 
@@ -89,9 +92,10 @@ def _part_of(name: str) -> str:
 
 
 def prepare_training(
-    model: nn.Module, train: Sequence[str] = ("adapters",), dtype: torch.dtype = torch.float32
+    model: nn.Module, train: Sequence[str] | None = None, dtype: torch.dtype = torch.float32
 ) -> Trainable:
-    """Make these parts of a compiled model, out of `PARTS`, the only parameters that train.
+    """Make these parts of a compiled model, out of `PARTS`, the only parameters that train; by
+    default what its recipe says.
 
     They are held in `dtype`, float32 as peft does it: an optimiser's small steps are lost in
     bfloat16. Products run in the dtype of the activations all the same. "codebooks" and "scales"
@@ -99,10 +103,9 @@ def prepare_training(
     model is saved, the tables are what training made of them. A correction stays frozen.
 
     Raises CheckpointError for a model that lowra did not compile, or that lacks what shall train;
-    ValueError for another part.
+    RecipeError for another part.
     """
-    if compiled(model) is None:
-        raise CheckpointError("this model was not compiled by lowra; call lowra.compile first")
+    train = parts_of(model) if train is None else train
     check_parts(train)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     if "adapters" in train and not any(layer.rank for layer in quantized_linears(model).values()):
@@ -122,13 +125,21 @@ def prepare_training(
     return trainable(model)
 
 
+def parts_of(model: nn.Module) -> tuple[str, ...]:
+    """What the recipe of a compiled model trains. Raises CheckpointError for another model."""
+    info = compiled(model)
+    if info is None:
+        raise CheckpointError("this model was not compiled by lowra; call lowra.compile first")
+    return tuple(info.recipe.get("train", ADAPTERS))
+
+
 def check_parts(train: Sequence[str]) -> None:
-    """Raise ValueError unless these are parts that may train."""
+    """Raise RecipeError unless these are parts that may train."""
     for part in train:
         if part not in PARTS:
-            raise ValueError(f"{part!r} is nothing that trains; {nearest(part, PARTS)}")
+            raise RecipeError(f"train={part!r} is unknown; {nearest(str(part), PARTS)}")
     if not train:
-        raise ValueError(f"nothing is to train: name some of {', '.join(PARTS)}")
+        raise RecipeError(f"train=() trains nothing; name some of {', '.join(PARTS)}")
 
 
 def _train_tables(layers: Sequence[QuantizedModule], roles: list[str], dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ the same run resumes), `report.json` and `loss.svg`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -21,7 +22,7 @@ from torch import nn
 
 from lowra.compiler.errors import OutputError, RecipeError, TrainingError
 from lowra.compiler.progress import stage
-from lowra.runtime.training import STATE, base_mark, check_mark, prepare_training
+from lowra.runtime.training import STATE, base_mark, check_mark, parts_of, prepare_training
 from lowra.workflows.evaluate import require_language_model
 from lowra.workflows.training_data import TrainingData, training_data
 from lowra.workflows.training_report import make_report, write_report
@@ -58,6 +59,7 @@ def finetune(
     """
     settings = _settings(settings, options)
     _require_accelerate()
+    settings = dataclasses.replace(settings, train=settings.train or parts_of(model))
     counts = prepare_training(model, settings.train)
     require_language_model(model)
     folder = Path(work_dir).expanduser()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowra.compiler.errors import RecipeError, nearest
-from lowra.runtime.training import PARTS
+from lowra.runtime.training import check_parts
 from lowra.workflows.training_data import LONG
 
 RATES = {"adamw": 2e-4, "lora-rite": 1e-3, "oplora": 1.0}
@@ -36,7 +36,8 @@ class TrainingSettings:
     keep: checkpoints kept, the best beside them.
     checkpointing: recompute activations in backward in place of keeping them.
     autocast: run in bfloat16 where the model is in float32.
-    train: what trains: of "adapters", "norms", "codebooks" and "scales".
+    train: what trains: of "adapters", "norms", "codebooks" and "scales"; None: what the model's
+        recipe says.
     seed: of the order of rows, of what is held out, and of dropout.
 
     Raises RecipeError for a value out of range.
@@ -62,11 +63,13 @@ class TrainingSettings:
     keep: int = 2
     checkpointing: bool = False
     autocast: bool = False
-    train: tuple[str, ...] = ("adapters",)
+    train: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "train", tuple(self.train))
+        if self.train is not None:
+            object.__setattr__(self, "train", tuple(self.train))
+            check_parts(self.train)
         if self.rate is None:
             object.__setattr__(self, "rate", RATES.get(self.optimizer, RATES["adamw"]))
         for name in ("context", "batch", "accumulation", "keep"):
@@ -92,11 +95,6 @@ class TrainingSettings:
             value = getattr(self, name)
             if value not in legal:
                 raise RecipeError(f"{name}={value!r} is unknown; {nearest(str(value), legal)}")
-        for part in self.train:
-            if part not in PARTS:
-                raise RecipeError(f"train={part!r} is unknown; {nearest(str(part), PARTS)}")
-        if not self.train:
-            raise RecipeError(f"train=() trains nothing; name some of {', '.join(PARTS)}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingSettings:
@@ -109,7 +107,7 @@ class TrainingSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {**dataclasses.asdict(self), "train": list(self.train)}
+        return dataclasses.asdict(self) | {"train": None if self.train is None else [*self.train]}
 
     def steps(self, rows: int) -> int:
         """Optimiser steps over `rows` rows."""

@@ -54,7 +54,9 @@ def test_adapter_options_of_a_compile_are_the_recipes_fields(
     recipe = lowra.json(
         "plan", dense, "--bits", 5, "--alpha", 32, "--target", "*.q_proj", "--target", "*.v_proj",
         "--rank-pattern", "*.v_proj=8", "--rslora", "--lora-dropout", 0.1,
+        "--train", "adapters, norms",
     )["recipe"]  # fmt: skip
     assert recipe["targets"] == ["*.q_proj", "*.v_proj"]
     assert (recipe["rank_pattern"], recipe["alpha"]) == ({"*.v_proj": 8}, 32)
     assert (recipe["rslora"], recipe["lora_dropout"]) == (True, 0.1)
+    assert recipe["train"] == ["adapters", "norms"]

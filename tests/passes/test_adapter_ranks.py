@@ -90,6 +90,10 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_names_the_nearest(
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"lora_dropout": True}, "lora_dropout=True"),
         ({"rslora": "yes"}, "rslora='yes'"),
+        ({"train": ("adapter",)}, "train='adapter' is unknown; nearest: adapters"),
+        ({"train": ()}, "trains nothing"),
+        ({"train": 3}, "train=3"),
+        ({"train": ("scales",), "group": 0}, "train='scales' needs scales"),
     ],
 )
 def test_what_an_adapter_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
@@ -100,7 +104,7 @@ def test_what_an_adapter_cannot_be_is_refused(options: dict[str, Any], said: str
 def test_a_recipe_with_patterns_goes_through_json() -> None:
     recipe = Recipe(
         bit_budget=2, targets=("*.q_proj",), rank_pattern={"*.0.*": 4}, rslora=True,
-        lora_dropout=0.1,
+        lora_dropout=0.1, train=("adapters", "norms"),
     )  # fmt: skip
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lowra
 from lowra.backends.cpu import linear, table_gradients
 from lowra.compiler.compact import Compact
-from lowra.compiler.errors import AdapterError, CheckpointError
+from lowra.compiler.errors import AdapterError, CheckpointError, RecipeError
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 from lowra.runtime.modules import QuantizedLinear
@@ -288,9 +288,9 @@ def test_counts_and_refusals() -> None:
     assert report.codebooks == sum(layer.codebooks.numel() for layer in layers)
     assert report.scales == sum(cast(Tensor, layer.scales).numel() for layer in layers)
     assert f"(of these norms {report.norms:,}, codebooks {report.codebooks:,}" in str(report)
-    with pytest.raises(ValueError, match="nearest: codebooks"):
+    with pytest.raises(RecipeError, match="nearest: codebooks"):
         prepare_training(model, ("codebook",))
-    with pytest.raises(ValueError, match="nothing is to train"):
+    with pytest.raises(RecipeError, match="trains nothing"):
         prepare_training(model, ())
     bare = lowra.compile(nn.Sequential(nn.Linear(64, 64)), bit_budget=6, group=0, rank=0,
                          shared_codebooks=False, scale_bits=16, example=(torch.randn(4, 64),),

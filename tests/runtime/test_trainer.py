@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowra
-from lowra.compiler.errors import CheckpointError
+from lowra.compiler.errors import CheckpointError, RecipeError
 from lowra.runtime.quantized_module import is_lora
 from lowra.runtime.training import MARK, prepare_training, trainable
 from tests.models import VOCAB, tiny_llama
@@ -196,6 +196,17 @@ def test_norms_train_where_they_are_asked_for(tmp_path: Path) -> None:
     assert "model.norm.weight" in load_file(tmp_path / "checkpoint-4" / "model.safetensors")
 
 
+def test_what_trains_is_the_recipes_choice_unless_another_is_made() -> None:
+    dense, example = torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(4, 64)
+    model = lowra.compile(
+        dense, bit_budget=6, rank=4, calibration=[(example,)], example=(example,),
+        train=("codebooks", "scales"),
+    )  # fmt: skip
+    report = prepare_training(model)
+    assert report.adapters == 0 and report.codebooks > 0 and report.scales > 0
+    assert prepare_training(model, ("adapters",)).codebooks == 0
+
+
 def test_the_report_counts_a_packed_weight_as_its_dense_one() -> None:
     model = student()
     report = prepare_training(model)
@@ -222,5 +233,5 @@ def test_factors_of_a_half_precision_model_train_in_float32() -> None:
 def test_what_cannot_train_is_refused() -> None:
     with pytest.raises(CheckpointError, match="not compiled by lowra"):
         prepare_training(tiny_llama(layers=1))
-    with pytest.raises(ValueError, match="'heads' is nothing that trains"):
+    with pytest.raises(RecipeError, match="train='heads' is unknown"):
         prepare_training(copy.deepcopy(compiled_stack().compiled), ("heads",))

@@ -194,3 +194,13 @@ def test_a_curve_of_one_point_or_none_is_a_picture_too() -> None:
         picture = loss_curve(train, held_out)
         ElementTree.fromstring(picture)
         assert "nan" not in picture
+
+
+def test_a_run_trains_what_the_recipe_says(tmp_path: Path) -> None:
+    model = student()
+    model.lowra.recipe["train"] = ["adapters", "norms"]
+    report = run(model, tmp_path / "own", max_steps=2).report
+    assert report["settings"]["train"] == ["adapters", "norms"]
+    assert report["trainable"]["norms"] > 0
+    report = run(student(), tmp_path / "given", max_steps=2, train=("adapters",)).report
+    assert report["trainable"]["norms"] == 0
