@@ -10,27 +10,23 @@ Writes benchmarks/results/speed_gpu.json. Needs a CUDA device.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.results_file import write_results
-from lowra.backends.triton import launch, linear, schedule
-from lowra.backends.triton.keys import Blocks
-from lowra.compiler.storage import UNROTATED, PackedWeight
+from lowra.backends.triton import linear, schedule
+from lowra.backends.triton.tuning import entry_of
+from lowra.compiler.storage import UNROTATED
 from lowra.workflows.bench import random_weight
+from lowra.workflows.gpu_timing import COLD_BYTES, Run, device_copies, seconds_of
+from lowra.workflows.tune_kernels import candidates, run_of
 
-COLD_BYTES = 256 << 20
-MOST_COPIES = 64
-TURNS = 7
 RANK = 16
 SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
     ("4 bits", 8192, 8192, (4,)), ("3 bits", 8192, 8192, (3,)), ("2 bits", 8192, 8192, (2,)),
@@ -43,56 +39,7 @@ SWEPT = (
     ("1 bit", 8192, 8192, (1,), 1), ("2 bits", 8192, 8192, (2,), 16),
     ("2 bits", 8192, 8192, (2,), 256),
 )  # fmt: skip
-FEW = tuple(
-    (Blocks(rows, 16, warps, stages), parts)
-    for (rows, warps), stages, parts in itertools.product(
-        ((64, 4), (128, 4), (128, 8)), (2, 3, 4), (1, 2, 3, 4)
-    )
-)
-MANY = tuple(
-    (Blocks(*sizes), 4)
-    for sizes in (
-        (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3), (128, 256, 8, 3), (128, 64, 4, 4),
-        (64, 256, 4, 3), (256, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 4),
-    )
-)  # fmt: skip
-
 Row = dict[str, Any]
-Run = Callable[[int], object]
-
-
-def copies_of(weight: PackedWeight) -> list[tuple[Any, ...]]:
-    codes, *rest = (a.cuda() if isinstance(a, Tensor) else a for a in weight.op_args())
-    assert isinstance(codes, Tensor)
-    count = max(2, min(MOST_COPIES, -(-COLD_BYTES // (codes.numel() * 4))))
-    return [(codes.clone(), *rest) for _ in range(count)]
-
-
-def graph_of(run: Run, count: int) -> torch.cuda.CUDAGraph:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for turn in range(2):
-            run(turn)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for turn in range(count):
-            run(turn)
-    return graph
-
-
-def seconds_of(runs: dict[str, tuple[Run, int]]) -> dict[str, float]:
-    """Least seconds of one product of each, by turns; a run comes with its number of copies."""
-    graphs = {name: (graph_of(run, count), count) for name, (run, count) in runs.items()}
-    best = dict.fromkeys(graphs, float("inf"))
-    for _ in range(TURNS):
-        for name, (graph, count) in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            best[name] = min(best[name], start.elapsed_time(end) / 1e3 / count)
-    return best
 
 
 def copy_bandwidth() -> float:
@@ -105,7 +52,7 @@ def copy_bandwidth() -> float:
 def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[Row]:
     op, op_lora = torch.ops.lowra.quantized_linear, torch.ops.lowra.quantized_linear_lora
     weight = random_weight(n, k, *widths)
-    plain, turned = copies_of(replace(weight, rotation=UNROTATED)), copies_of(weight)
+    plain, turned = device_copies(replace(weight, rotation=UNROTATED)), device_copies(weight)
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16)]
     dense += [dense[0].clone() for _ in range(max(1, COLD_BYTES // (n * k * 2) - 1))]
     a = torch.randn(RANK, k, device="cuda", dtype=torch.bfloat16)
@@ -135,28 +82,19 @@ def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[R
 
 
 def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Iterator[Row]:
-    """Microseconds by blocks, in the order of the table; a kernel that fails says why."""
-    copies = copies_of(replace(random_weight(n, k, *widths), rotation=UNROTATED))
+    """Microseconds of each choice that `lowra bench --tune` tries; one that fails says why."""
+    copies = device_copies(replace(random_weight(n, k, *widths), rotation=UNROTATED))
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    was = launch.linear_blocks, schedule.PROGRAMS_PER_PROCESSOR
-    for blocks, parts in FEW if m <= 16 else MANY:
-        launch.linear_blocks = lambda *_, blocks=blocks: blocks
-        schedule.PROGRAMS_PER_PROCESSOR = parts
-        target = linear.target_of(x.device)
-        weight = linear.weight_of(copies[0])
-        row = {"case": name, "n": n, "k": k, "m": m, "blocks": str(blocks), "parts": parts}
+    target, weight = linear.target_of(x.device), linear.weight_of(copies[0])
+    assert target is not None
+    for choice in candidates(weight, m, schedule.processors(x.device), target):
+        row = {"case": name, "n": n, "k": k, "m": m, "choice": entry_of(choice)}
+        run = run_of(x, copies, target, choice)
         try:
-            assert target is not None
-            launch.product(x, weight, target, None)
-            run = partial(_product, x, copies, target)
+            run(0)
             yield {**row, "us": 1e6 * seconds_of({"it": (run, len(copies))})["it"]}
         except Exception as error:
             yield {**row, "error": str(error)[:100]}
-    launch.linear_blocks, schedule.PROGRAMS_PER_PROCESSOR = was
-
-
-def _product(x: Tensor, copies: list[tuple[Any, ...]], target: Any, turn: int) -> Tensor:
-    return launch.product(x, linear.weight_of(copies[turn % len(copies)]), target, None)
 
 
 def main() -> None:
@@ -176,7 +114,7 @@ def main() -> None:
         for name, n, k, widths, m in SWEPT if sweep else ():
             rows = list(swept(name, n, k, widths, m))
             found["sweep"] += rows
-            best = sorted((r.get("us", math.inf), r["blocks"], r["parts"]) for r in rows)[:6]
+            best = sorted((r.get("us", math.inf), str(r["choice"])) for r in rows)[:6]
             print(name, m, *best, sep="\n  ", flush=True)
             write_results("speed_gpu", found)
 

@@ -1,4 +1,4 @@
-"""lowra bench: how fast packed products and a compressed model run on this machine."""
+"""lowra bench: how fast packed products and a compressed model run on this machine, and tuning."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lowra.cli.options import (
     JsonOption,
     VerboseOption,
     reading,
+    refuse_options,
 )
 from lowra.cli.sources import load_source, require_tokenizer
 from lowra.cli.tables import print_facts, print_table
@@ -20,6 +21,7 @@ from lowra.cli.tables import print_facts, print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
+TUNED_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 PROMPT = "The history of the city begins with"
 
 
@@ -37,17 +39,27 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each line.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="By default as torch has.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the fastest blocks on this GPU, and keep them.")
+    ] = False,
     dtype: DtypeOption = Dtype.bfloat16,
     activations: ActivationsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure packed products beside dense ones by turns, and how fast MODEL writes."""
+    """Measure packed products beside dense ones by turns, and how fast MODEL writes.
+
+    With --tune, measure instead which blocks of the GPU kernels are the fastest for its weights,
+    or for standard shapes; later products on a GPU of this name use what was found.
+    """
     import torch
 
     from lowra.compiler.progress import show_progress, stage
     from lowra.workflows.bench import bench_model, bench_shapes
 
+    if tune:
+        refuse_options(ctx, ("reference", "seconds", "threads", "activations"), "--tune")
+        return _tune(ctx, model, tuple(tokens or TUNED_TOKENS), dtype)
     before, counts = torch.get_num_threads(), tuple(tokens or (1, 16, 512))
     torch.set_num_threads(threads or before)
     try:
@@ -64,6 +76,37 @@ def bench(
     finally:
         torch.set_num_threads(before)
     ctx.obj.show(data, lambda console: _render(console, data))
+
+
+def _tune(ctx: typer.Context, model: str | None, tokens: tuple[int, ...], dtype: Dtype) -> None:
+    import torch
+
+    from lowra.compiler.progress import show_progress
+    from lowra.workflows.bench import SHAPES, WIDTHS, random_weight, weights_of
+    from lowra.workflows.tune_kernels import require_device, tune
+
+    device = require_device()
+    with show_progress():
+        if model is None:
+            weights = (random_weight(n, k, width) for n, k in SHAPES for width in WIDTHS)
+        else:
+            weights = (alike[0].stored() for alike in weights_of(load_source(model, dtype)[0]))
+        found = [line.to_dict() for line in tune(weights, tokens, getattr(torch, dtype.value))]
+    data = {"model": model, "device": device, "tuned": found}
+    ctx.obj.show(data, lambda console: _render_tuned(console, data))
+
+
+def _render_tuned(console: Console, data: dict[str, Any]) -> None:
+    rows = [
+        (
+            line["case"], ", ".join(f"{name} {value}" for name, value in line["choice"].items()),
+            f"{line['microseconds']:.1f}", f"{line['usual_microseconds']:.1f}",
+            f"{line['tried']}", f"{line['failed']}",
+        )
+        for line in data["tuned"]
+    ]  # fmt: skip
+    columns = ("case", "fastest", "us>", "us by rule>", "tried>", "no room>")
+    print_table(console, f"kernels tuned on {data['device']}", columns, rows)
 
 
 def _writing(loaded: Any, tokenizer: Any, reference: str | None, dtype: Dtype) -> dict[str, float]:

@@ -69,6 +69,13 @@ def bench_shapes(
 
 def bench_model(model: nn.Module, tokens: tuple[int, ...], seconds: float) -> Iterator[Timing]:
     """Timings of the different weights of a compressed model, without their adapters."""
+    for alike in weights_of(model):
+        for m in tokens:
+            yield bench_weight(alike[0].stored(), m, alike[0].dtype, seconds, uses=len(alike))
+
+
+def weights_of(model: nn.Module) -> list[list[QuantizedLinear]]:
+    """Layers by shape and widths. Raises LowraError for a model without a packed one."""
     kinds: dict[tuple[Any, ...], list[QuantizedLinear]] = {}
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
@@ -76,9 +83,7 @@ def bench_model(model: nn.Module, tokens: tuple[int, ...], seconds: float) -> It
             kinds.setdefault((module.n, module.k, widths), []).append(module)
     if not kinds:
         raise LowraError("the model has no packed weight to measure: compile it first")
-    for alike in kinds.values():
-        for m in tokens:
-            yield bench_weight(alike[0].stored(), m, alike[0].dtype, seconds, uses=len(alike))
+    return list(kinds.values())
 
 
 def random_weight(n: int, k: int, *widths: float) -> PackedWeight:

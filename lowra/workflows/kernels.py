@@ -8,6 +8,7 @@ from torch import nn
 
 from lowra.backends.triton.build import source_of
 from lowra.backends.triton.launch import product_key
+from lowra.backends.triton.schedule import fused
 from lowra.backends.triton.targets import TARGETS
 from lowra.backends.triton.weight import NAMES, declined, weight_of
 from lowra.compiler.errors import RecipeError, nearest
@@ -47,9 +48,11 @@ def kernels_of(
         if why is not None:
             declines[name] = why
             continue
+        weight = weight_of(packed)
+        choice = fused(weight.panels, weight.k, tokens, PROCESSORS, chosen)
         key, _ = product_key(
-            weight_of(packed), tokens, NAMES[module.dtype], chosen, module.rank,
-            module.bias is not None, tokens <= FEW_TOKENS, PROCESSORS,
+            weight, tokens, NAMES[module.dtype], chosen, module.rank,
+            module.bias is not None, tokens <= FEW_TOKENS, choice,
         )  # fmt: skip
         sources[key.name] = sources.get(key.name) or source_of(key)
         sites.setdefault(key.name, []).append(name)

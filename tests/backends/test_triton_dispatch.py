@@ -23,7 +23,7 @@ from lowra.backends.triton.keys import (
     ValuesKey,
     weight_key,
 )
-from lowra.backends.triton.schedule import unpacks
+from lowra.backends.triton.schedule import UNPACKED, choose, unpacks
 from lowra.backends.triton.targets import INTERPRETER, TARGETS, cuda_target, hip_target
 from lowra.backends.triton.weight import descriptors
 from lowra.compiler.ops import DIRECT
@@ -82,14 +82,16 @@ def test_targets_by_compute_capability(capability: tuple[int, int], name: str | 
 
 @pytest.mark.parametrize(
     ("m", "panels", "unpacked"),
-    [(256, (2, 8), False), (257, (2, 8), True), (1024, (1, 8), False), (1025, (1, 8), True),
-     (1024, (2, 4, 1, 4), True)],
+    [(256, (2, 8192), False), (257, (2, 8192), True), (1024, (1, 8192), False),
+     (1025, (1, 8192), True), (1024, (2, 4096, 1, 4096), True), (256, (2, 4096), True),
+     (64, (2, 4096), False), (256, (1, 4096), False)],
 )  # fmt: skip
 def test_many_tokens_meet_an_unpacked_weight(
     m: int, panels: tuple[int, ...], unpacked: bool
 ) -> None:
-    assert unpacks(m, panels, TARGETS[1]) is unpacked
-    assert not unpacks(m, panels, TARGETS[3])  # never measured on AMD
+    assert unpacks(m, panels, 132, TARGETS[1]) is unpacked
+    assert (choose(panels, 4096, m, 132, TARGETS[1]) == UNPACKED) is unpacked
+    assert not unpacks(m, panels, 132, TARGETS[3])  # never measured on AMD
 
 
 def test_targets_of_amd_devices() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import launch, linear, schedule
+from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.targets import INTERPRETER
 from lowra.backends.triton.weight import weight_of
 from lowra.compiler.rotation import Rotation, rotate, unrotate
@@ -73,16 +74,16 @@ def test_rows_of_one_width(width: int, group: int) -> None:
 def test_many_tokens_by_way_of_an_unpacked_weight(
     rank: int, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, ...]] = []
+    asked: list[int] = []
 
-    def always(m: int, panels: tuple[int, ...], target: object) -> bool:
-        asked.append((m, *panels))
-        return True
+    def always(_: object, m: int, *given: object) -> Choice:
+        asked.append(m)
+        return UNPACKED
 
-    monkeypatch.setattr(linear, "unpacks", always)
+    monkeypatch.setattr(linear, "choice_for", always)
     monkeypatch.setattr(launch, "product", None)  # not asked
     check(Shape(140, 576, (2, 4, 9), block=block), 20, rank, dtype)
-    assert [m for m, *_ in asked] == [20]
+    assert asked == [20]
 
 
 def test_parts_of_a_sum_are_added_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from lowra.backends.triton.static import (
     machine_code,
 )
 from lowra.backends.triton.targets import TARGETS, Target
+from lowra.backends.triton.tuning import MOST_RANK, SHIPPED, read_table
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: lowra[triton]")
 BY_NAME = {target.name: target for target in TARGETS}
@@ -94,6 +95,27 @@ def test_instructions_per_weight_stay_in_their_budget(
     assert sum(n for op, n in loop.items() if op.split(".")[0] in ALU) / weights <= alu
     assert no_spills(machine(key)) and machine(key).registers <= 255
     assert any(op.startswith("HGMMA") for op in loop)
+
+
+def shipped() -> list[LinearKey]:
+    """The kernels of all shipped choices, with factors of the largest rank that they serve."""
+    found = []
+    for case, choice in read_table(SHIPPED / "nvidia-h200.json").items():
+        name, shape, dtype, _ = case.split(" ")
+        assert choice.blocks is not None
+        n, k = map(int, shape.split("x"))
+        weight = weight_key([int(name[1]), n], k, -1, False, False)
+        assert weight.text == name
+        found.append(
+            LinearKey(SM90, weight, dtype, choice.blocks, MOST_RANK, False, choice.parts > 1, True)
+        )
+    return found
+
+
+@pytest.mark.parametrize("key", shipped(), ids=lambda key: key.name)
+def test_shipped_choices_have_room_on_their_device(key: LinearKey) -> None:
+    assert compiled(key).shared_bytes <= SHARED_BYTES["sm90"]
+    assert no_spills(machine(key))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

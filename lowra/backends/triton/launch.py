@@ -13,7 +13,7 @@ from lowra.backends.triton.build import anew_where_broken, compile_options, kern
 from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.emit_inputs import COLUMNS, span_of
 from lowra.backends.triton.keys import Blocks, Key, LinearKey, RotateKey, ShrinkKey, ValuesKey
-from lowra.backends.triton.schedule import linear_blocks, parts_of, processors, values_blocks
+from lowra.backends.triton.schedule import Choice, fused, processors, tiles_of, values_blocks
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight, descriptors
 from lowra.compiler.rotation import Rotation, signs
@@ -42,16 +42,18 @@ def values(
 def product(
     x: Tensor, weight: Weight, target: Target, bias: Tensor | None,
     factors: tuple[Tensor, Tensor, float] | None = None, waits: bool = False,
+    choice: Choice | None = None,
 ) -> Tensor:  # fmt: skip
     """y [m, n] of x [m, k], contiguous and in stored coordinates; factors are (h, B, scaling) with
-    h = x A' [m, r], which with `waits` the kernel ahead of this one makes."""
+    h = x A' [m, r], which with `waits` the kernel ahead of this one makes. choice: a fused one."""
     m, device = x.shape[0], x.device
     y = room("a product", (m, weight.n), x.dtype, device)
     if y.numel() == 0:
         return y
     rank = 0 if factors is None else factors[0].shape[1]
+    choice = choice or fused(weight.panels, weight.k, m, processors(device), target)
     key, grid = product_key(
-        weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, processors(device)
+        weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, choice
     )
     tiles = descriptors(weight.panels, weight.k, weight.key.own, key.blocks.rows, device)
     given = {
@@ -68,13 +70,12 @@ def product(
 
 def product_key(
     weight: Weight, m: int, dtype: str, target: Target, rank: int, bias: bool, waits: bool,
-    processors: int,
+    choice: Choice,
 ) -> tuple[LinearKey, tuple[int, int, int]]:  # fmt: skip
-    """The kernel of a product with m tokens on a device of `processors`, and its grid."""
-    blocks = linear_blocks(m, weight.n, target)
-    tiles = sum(-(-count // blocks.rows) for count in weight.panels[1::2])
-    token_tiles = -(-m // blocks.tokens)
-    parts = parts_of(tiles * token_tiles, weight.k, blocks, processors)
+    """The kernel of a product with m tokens, and its grid."""
+    blocks, parts = choice.blocks, choice.parts
+    assert blocks is not None, "an unpacked weight has no kernel that multiplies"
+    tiles, token_tiles = tiles_of(weight.panels, m, blocks)
     waits = waits and target.overlaps and rank > 0
     key = LinearKey(target, weight.key, dtype, blocks, padded_rank(rank), bias, parts > 1, waits)
     return key, (tiles, token_tiles, parts)

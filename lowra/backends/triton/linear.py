@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import launch
-from lowra.backends.triton.schedule import unpacks
+from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.targets import Target, cuda_target, hip_target
+from lowra.backends.triton.tuning import choice_for
 from lowra.backends.triton.weight import Weight, declined, weight_of
 from lowra.compiler.ops import DIRECT, LIBRARY
 from lowra.compiler.packing import TERNARY_TILE, TILE
@@ -110,23 +111,27 @@ def forward(
 
     if weight is None or target is None:
         return reference()
-    return _served(target, lambda: _product(x, packed, weight, target, bias, factors), reference)
+    return _served(target, lambda: product(x, packed, weight, target, bias, factors), reference)
 
 
-def _product(
+def product(
     x: Tensor, packed: tuple[Any, ...], weight: Weight, target: Target, bias: Tensor | None,
-    factors: tuple[Tensor, Tensor, float] | None,
+    factors: tuple[Tensor, Tensor, float] | None, choice: Choice | None = None,
 ) -> Tensor:  # fmt: skip
+    """y = x W' + bias + scaling (x A') B' by the kernels: as `choice` says, or the best known."""
     rows = x.reshape(-1, weight.k).contiguous()
     turned = launch.rotated(rows, Rotation(*packed[7:9]), target)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if unpacks(rows.shape[0], weight.panels, target):
+    rank = 0 if factors is None else factors[0].shape[0]
+    choice = choice or choice_for(weight, rows.shape[0], x.dtype, rank, target, x.device)
+    if choice == UNPACKED:
         y = functional.linear(turned, launch.values(weight, x.dtype, target), bias)
         if factors is not None:
             a, b, scaling = factors
             y.addmm_(functional.linear(rows, a.to(x.dtype)), b.to(x.dtype).T, alpha=scaling)
     else:
-        y = launch.product(turned, weight, target, bias, *_factors(rows, factors, target))
+        made = _factors(rows, factors, target)
+        y = launch.product(turned, weight, target, bias, *made, choice=choice)
     return y.view(*x.shape[:-1], weight.n)
 
 

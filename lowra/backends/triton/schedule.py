@@ -1,7 +1,9 @@
 """How much of a product one program computes, and when W is unpacked instead: as one H200 measured
-at a few shapes (docs/decisions/0017), and taken for every GPU."""
+at a few shapes (docs/decisions/0017), and taken for every GPU where nothing was tuned."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -12,12 +14,44 @@ PROGRAMS_PER_PROCESSOR = 2
 INTERPRETED_PROCESSORS = 2
 MANY_ROWS = 4096
 MOST_FUSED, MOST_FUSED_ONE_BIT = 256, 1024
+MANY_TOKENS = 64
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 
 
 MUCH_SHARED = (80, 87, 90, 100, 103)
 """NVIDIA architectures with 160 KiB of shared memory or more; others have about 100, AMD 64."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a product runs: what one program computes, and among how many programs the columns of a
+    tile are shared. blocks None: W is unpacked whole, and torch multiplies."""
+
+    blocks: Blocks | None
+    parts: int = 1
+
+
+UNPACKED = Choice(None)
+
+
+def choose(panels: tuple[int, ...], k: int, m: int, processors: int, target: Target) -> Choice:
+    """How m tokens meet a weight on a device of `processors`."""
+    if unpacks(m, panels, processors, target):
+        return UNPACKED
+    return fused(panels, k, m, processors, target)
+
+
+def fused(panels: tuple[int, ...], k: int, m: int, processors: int, target: Target) -> Choice:
+    """The same, by a kernel that reads W packed."""
+    blocks = linear_blocks(m, sum(panels[1::2]), target)
+    tiles, token_tiles = tiles_of(panels, m, blocks)
+    return Choice(blocks, parts_of(tiles * token_tiles, k, blocks, processors))
+
+
+def tiles_of(panels: tuple[int, ...], m: int, blocks: Blocks) -> tuple[int, int]:
+    """Tiles of rows, of which each lies in one panel, and tiles of tokens."""
+    return sum(-(-rows // blocks.rows) for rows in panels[1::2]), -(-m // blocks.tokens)
 
 
 def linear_blocks(m: int, n: int, target: Target) -> Blocks:
@@ -35,24 +69,31 @@ def linear_blocks(m: int, n: int, target: Target) -> Blocks:
     return Blocks(128, 128, 8, 3)
 
 
-def unpacks(m: int, panels: tuple[int, ...], target: Target) -> bool:
+def unpacks(m: int, panels: tuple[int, ...], processors: int, target: Target) -> bool:
     """Whether to unpack W and let torch multiply: above some tokens its products are faster, by
-    more than unpacking takes. Rows of one bit are cheap to look up and hold out longer."""
+    more than unpacking takes, and earlier where our programs would leave half of the processors
+    idle. Rows of one bit are cheap to look up and hold out longer."""
     if target.backend != "cuda":
         return False
-    return m > (MOST_FUSED_ONE_BIT if set(panels[0::2]) == {1} else MOST_FUSED)
+    if set(panels[0::2]) == {1}:
+        return m > MOST_FUSED_ONE_BIT
+    tiles, token_tiles = tiles_of(panels, m, linear_blocks(m, sum(panels[1::2]), target))
+    few = m > MANY_TOKENS and 2 * tiles * token_tiles <= processors
+    return few or m > MOST_FUSED
 
 
 def values_blocks() -> Blocks:
     return Blocks(32, 0, 4, 1)
 
 
-def parts_of(programs: int, k: int, blocks: Blocks, processors: int) -> int:
-    """Among how many programs the columns of a tile are shared, so that every processor has
-    several programs; 1 above 16 tokens, where there are enough or sums would be too large."""
+def parts_of(
+    programs: int, k: int, blocks: Blocks, processors: int, each: int = PROGRAMS_PER_PROCESSOR
+) -> int:
+    """Among how many programs the columns of a tile are shared, so that every processor has `each`
+    programs; 1 above 16 tokens, where there are enough or sums would be too large."""
     if blocks.tokens > 16:
         return 1
-    wanted = -(-processors * PROGRAMS_PER_PROCESSOR // programs)
+    wanted = -(-processors * each // programs)
     return max(1, min(wanted, k // (256 * SHORTEST_PART)))
 
 
