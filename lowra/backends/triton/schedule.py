@@ -93,7 +93,7 @@ def parts_of(
     programs; 1 above 16 tokens, where there are enough or sums would be too large."""
     if blocks.tokens > 16:
         return 1
-    wanted = -(-processors * each // programs)
+    wanted = -(-processors * each // max(1, programs))
     return max(1, min(wanted, k // (256 * SHORTEST_PART)))
 
 
