@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.figures import INK, draw_figure
+
 COLOURS = {
     "lowra": "#c2185b", "LoRAQuant": "#e08a00", "RTN": "#1f77b4", "GPTQ": "#2ca02c",
     "BIN": "#6c757d", "PB-LLM": "#17a2b8", "BiLLM": "#8c564b", "JD-Diagonal": "#3f51b5",
@@ -32,15 +34,9 @@ def points(rows: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
 
 def draw(data: Mapping[str, Any], folder: Path) -> list[str]:
     """Write adapters_gain.png and .svg into `folder`; gives lines that say what came of it."""
-    try:
-        import matplotlib
-    except ImportError:
-        return ["no chart: matplotlib is not installed (pip install '.[bench]')"]
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    with pyplot.rc_context({"svg.hashsalt": "lowra", "svg.fonttype": "path"}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.4))
+    def fill(figure: Any, axes: list[Any]) -> None:
+        left, right = axes
         for family, line in points(data["rows"]).items():
             ours = family == "lowra"
             shown = [(bits, max(share, LOWEST)) for bits, share in line]
@@ -49,7 +45,7 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[str]:
                 linestyle="-" if ours else ":", linewidth=2.6 if ours else 1.0,
                 color=COLOURS[family], zorder=4 if ours else 2,
             )  # fmt: skip
-        left.axhline(1, color="#222222", linewidth=0.8, linestyle="--")
+        left.axhline(1, color=INK, linewidth=0.8, linestyle="--")
         left.set(xlim=BITS, ylim=(LOWEST - 0.05, 1.1), xlabel="stored bits per adapter parameter",
                  ylabel="share of the gain that is kept")  # fmt: skip
         left.legend(frameon=False, loc="lower right")
@@ -57,11 +53,6 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[str]:
             right.plot(range(1, len(values) + 1), values, marker=".", label=where)
         right.set(yscale="log", xlabel="direction", ylabel="share of sigma^2, mean over layers")
         right.legend(frameon=False, fontsize=7)
-        for axis in (left, right):
-            axis.grid(color="#dddddd", linewidth=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
-        figure.savefig(folder / "adapters_gain.png", dpi=130, metadata={"Software": None})
-        figure.savefig(folder / "adapters_gain.svg", metadata={"Date": None})
-        pyplot.close(figure)
-    return ["wrote adapters_gain.png", "wrote adapters_gain.svg"]
+
+    return draw_figure("adapters_gain", folder, (13, 5.4), 2, fill)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.finetune.bases import RANK, base_of
+from benchmarks.finetune.chart import draw
 from benchmarks.quality.protocol import Task, smollm2_task
 from benchmarks.quality.rows import code_version
 from benchmarks.results_file import FOLDER, write_results
@@ -47,7 +48,7 @@ def run(arguments: Any) -> None:
                     rows[key] = measure(task, base, optimizer, rate, arguments.steps, seed,
                                         arguments.data)  # fmt: skip
                     write_results(NAME, {"protocol": protocol(), "rows": rows})
-    console.print(table_of(rows))
+    console.print(table_of(rows), *draw({"rows": rows}, FOLDER), sep="\n")
 
 
 def protocol() -> dict[str, Any]:

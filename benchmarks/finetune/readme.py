@@ -30,6 +30,8 @@ def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
             f"| {name} | {row['stored_bits']:.2f} | {row['optimizer']} | {row['steps']} | "
             f"{row['perplexity_before']:,.2f} | {row['perplexity']:,.2f} | {ratio} |"
         )
+    yield ""
+    yield "![Perplexity after training by stored bits](../benchmarks/results/finetune_quality.png)"
 
 
 LAYERS, ENDS = 32, 2 * 32000 * 4096 * 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from benchmarks.figures import INK, PAPER, draw_figure
 from benchmarks.quality.ours import PRESETS, TUNED
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.rows import ORIGINAL, Row, missing_by_reason
@@ -25,7 +26,6 @@ OURS = {
     "lowra+tune": "#8d6e00",
 }
 _COLOURS = ("#1f77b4", "#2ca02c", "#17a2b8", "#6c757d", "#8c564b", "#3f51b5", "#708238", "#009688")
-_INK, _PAPER = "#222222", "#ffffff"
 
 Point = tuple[float, float]
 
@@ -33,31 +33,17 @@ Point = tuple[float, float]
 def draw(rows: Iterable[Row], missing: Mapping[str, str], folder: Path) -> list[str]:
     """Write quality.png and quality.svg into `folder`; gives lines that say what came of it."""
     rows = list(rows)
-    try:
-        import matplotlib
-    except ImportError:
-        return ["no chart: matplotlib is not installed (pip install '.[bench]')"]
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    style = {"svg.hashsalt": "lowra", "svg.fonttype": "path", "text.color": _INK,
-             "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}  # fmt: skip
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(1, 2, figsize=(13, 6.2), facecolor=_PAPER)
+    def fill(figure: Any, axes: list[Any]) -> None:
         for axis, (field, label, top) in zip(axes, PANELS, strict=True):
             _panel(axis, rows, field, label, top)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
         note = [line for why in missing_by_reason(missing) for line in wrap(f"Missing: {why}", 200)]
         figure.text(0.01, 0.005, "\n".join(note), fontsize=7, va="bottom")
-        low = 0.02 * len(note)
-        figure.tight_layout(rect=(0, low, 1, 0.87))
-        paths = [folder / f"quality.{kind}" for kind in ("png", "svg")]
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[0], dpi=130, facecolor=_PAPER, metadata={"Software": None})
-        figure.savefig(paths[1], facecolor=_PAPER, metadata={"Date": None})
-        pyplot.close(figure)
-    return [f"wrote {path.name}" for path in paths]
+        figure.tight_layout(rect=(0, 0.02 * len(note), 1, 0.87))
+
+    return draw_figure("quality", folder, (13, 6.2), 2, fill)
 
 
 def lines(rows: Iterable[Row], field: str) -> dict[str, list[Point]]:
@@ -110,16 +96,14 @@ def _panel(axis: Any, rows: list[Row], field: str, label: str, top: float) -> No
             marker="D" if method.startswith("default") else "s" if ours else "o",
         )  # fmt: skip
     if original is not None and field == "perplexity":
-        axis.axhline(original[field], color=_INK, linewidth=1, linestyle=":")
+        axis.axhline(original[field], color=INK, linewidth=1, linestyle=":")
         axis.annotate(f"original {original[field]:.2f}", (BITS[0] + 0.05, original[field]),
                       xytext=(0, -11), textcoords="offset points", fontsize=8)  # fmt: skip
     values = [v for points in series.values() for _, v in points if v > 0 and math.isfinite(v)]
     floor = original[field] if original is not None and field == "perplexity" else None
     low = 0.8 * min([*values, *([floor] if floor else [])], default=top / 10)
-    axis.set(xlim=BITS, ylim=(low, top * 1.15), yscale="log", ylabel=label, facecolor=_PAPER,
+    axis.set(xlim=BITS, ylim=(low, top * 1.15), yscale="log", ylabel=label, facecolor=PAPER,
              xlabel="stored bits per compressed weight")  # fmt: skip
-    axis.grid(which="major", color="#dddddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _line(axis: Any, points: list[Point], top: float, **style: Any) -> None:

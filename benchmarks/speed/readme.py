@@ -55,6 +55,8 @@ def gpu(data: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield from _ratios("stored in", [{**row, "stored": row["case"]} for row in data["rows"]])
+    yield ""
+    yield "![Products under the roof of the GPU](benchmarks/results/speed_gpu_roofline.png)"
 
 
 def _ratios(stored: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
