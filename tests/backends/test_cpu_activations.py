@@ -58,14 +58,15 @@ def test_another_kind_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @VECTORS
 def test_products_follow_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same weight, with as many tokens as would else be unpacked."""
+    """On the same weight; with AVX-512 also for as many tokens as would else be unpacked."""
     packed = random_weight(40, 576, 2).op_args()
     x = torch.randn(200, 576, generator=torch.Generator().manual_seed(3)).bfloat16()
-    exact = torch.ops.lowra.quantized_linear(x.double(), *packed, None)
+    few = x if best_tier().vectors == "avx512" else x[:16]
+    exact = torch.ops.lowra.quantized_linear(few.double(), *packed, None)
     errors = {}
     for kind in ("float32", "int16", "int8"):
         lowra.set_activations(kind)
-        y = torch.ops.lowra.quantized_linear(x, *packed, None)
+        y = torch.ops.lowra.quantized_linear(few, *packed, None)
         errors[kind] = float((y - exact).norm() / exact.norm())
     assert errors["float32"] < 4e-3 and errors["int16"] < 4e-3 < errors["int8"] < 2e-2
     served: list[str] = []

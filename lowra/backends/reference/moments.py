@@ -26,6 +26,8 @@ def gram_of(rows: Tensor) -> Tensor:
     for columns in torch.arange(k).chunk(STRIPS):
         start, end = int(columns[0]), int(columns[-1]) + 1
         strip = rows[:, start:end].T @ rows[:, start:]
+        square = strip[:, : end - start]  # not symmetric to the last bit on every CPU
+        square.copy_(square.triu() + square.triu(1).T)
         gram[start:end, start:] = strip
         gram[end:, start:end] = strip[:, end - start :].T
     return gram
