@@ -31,8 +31,9 @@ class KernelSource:
 def kernels_of(
     model: nn.Module, target: str = "sm90", tokens: int = 1
 ) -> tuple[list[KernelSource], dict[str, str]]:
-    """Kernels of the products of `model` with so many tokens, by name; and by site why there is
-    none. Raises RecipeError for an unknown target."""
+    """Kernels of the products of `model` with so many tokens, by name, with the blocks that the
+    rules choose where nothing was tuned; and by site why there is none. Raises RecipeError for an
+    unknown target."""
     chosen = next((known for known in TARGETS if known.name == target), None)
     if chosen is None:
         names = [known.name for known in TARGETS]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import lowra  # noqa: F401 - registers backends
-from lowra.backends.triton import linear
+from lowra.backends.triton import linear, tuning
+from lowra.workflows.bench import random_weight
+from lowra.workflows.tune_kernels import tune
 from tests.backends.test_cpu_product import Shape, packed_of
 
 pytestmark = [
@@ -60,3 +64,23 @@ def test_values_and_gradients_on_a_device_equal_the_reference() -> None:
     grad = torch.randn(40, 700)
     got = torch.ops.lowra.input_gradient(grad.cuda(), *arguments_)
     torch.testing.assert_close(got.cpu(), grad @ packed.dequantize(), rtol=1e-3, atol=1e-3)
+
+
+def test_what_tuning_finds_is_kept_and_gives_the_same_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWRA_HOME", str(tmp_path))
+    tuning.forget()
+    weight = random_weight(2048, 2048, 2, 1)
+    found = list(tune([weight], (1, 100), torch.bfloat16))
+    table = tuning.read_table(tuning.own_table(torch.cuda.get_device_name()))
+    assert table == {line.case: line.choice for line in found} and len(table) == 2
+    assert all(line.microseconds <= line.usual_microseconds for line in found)
+    arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in weight.op_args()]
+    dense = weight.dequantize(torch.float64)
+    for m in (1, 100):
+        x = torch.randn(m, 2048).bfloat16()
+        y = torch.ops.lowra.quantized_linear(x.cuda(), *arguments_, None)
+        want = x.double() @ dense.T
+        assert float((y.cpu().double() - want).norm() / want.norm()) < 1e-2
+    tuning.forget()
