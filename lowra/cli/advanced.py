@@ -94,7 +94,7 @@ TrainOption = Annotated[
     str | None,
     typer.Option(
         metavar="adapters,norms,codebooks,scales", rich_help_panel=PANEL,
-        help="What fine-tuning trains, parted by commas.",
+        help="What fine-tuning trains, parted by commas. [adapters]",
     ),
 ]  # fmt: skip
 

@@ -105,7 +105,8 @@ def prepare_training(
     Raises CheckpointError for a model that lowra did not compile, or that lacks what shall train;
     RecipeError for another part.
     """
-    train = parts_of(model) if train is None else train
+    usual = parts_of(model)
+    train = usual if train is None else train
     check_parts(train)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     if "adapters" in train and not any(layer.rank for layer in quantized_linears(model).values()):

@@ -93,6 +93,8 @@ def test_tables_are_extended_and_keep_what_they_had() -> None:
          '"parts": 2}}}', "parts of sums"),
         ('{"format": 1, "choices": {"a": {"rows": 64, "tokens": 16, "warps": 8, "stages": 2, '
          '"parts": 2}}}', "16 per warp"),
+        ('{"format": 1, "choices": {"a": {"rows": 64, "tokens": 16, "warps": 4, "stages": 2, '
+         '"parts": 0}}}', "parts is 0"),
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_left_out_and_named(

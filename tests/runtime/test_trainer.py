@@ -231,7 +231,8 @@ def test_factors_of_a_half_precision_model_train_in_float32() -> None:
 
 
 def test_what_cannot_train_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="not compiled by lowra"):
-        prepare_training(tiny_llama(layers=1))
+    for train in (None, ("adapters",), ("norms",)):
+        with pytest.raises(CheckpointError, match="not compiled by lowra"):
+            prepare_training(tiny_llama(layers=1), train)
     with pytest.raises(RecipeError, match="train='heads' is unknown"):
         prepare_training(copy.deepcopy(compiled_stack().compiled), ("heads",))

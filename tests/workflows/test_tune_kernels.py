@@ -68,12 +68,13 @@ def test_a_choice_without_room_is_no_candidate(monkeypatch: pytest.MonkeyPatch) 
     assert tuned.choice == tuned.usual and (tuned.tried, tuned.failed) == (1, 1)
 
 
-def test_candidates_are_different_and_may_unpack_for_many_tokens() -> None:
-    weight = weight_of(random_weight(4096, 4096, 2).op_args())
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (64, 53248)])
+def test_candidates_are_different_and_may_unpack_for_many_tokens(n: int, k: int) -> None:
+    weight = weight_of(random_weight(n, k, 2).op_args())
     for m in (1, 16, 17, 256, 4096):
         found = candidates(weight, m, 132, TARGETS[1])
         assert len(set(found)) == len(found) > 8
-        assert found[0] == choose(weight.panels, 4096, m, 132, TARGETS[1])
+        assert found[0] == choose(weight.panels, k, m, 132, TARGETS[1])
         assert (UNPACKED in found) is (m > 16)
         assert all(c.blocks is None or c.parts == 1 or c.blocks.tokens == 16 for c in found)
         for choice in found:

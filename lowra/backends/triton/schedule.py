@@ -15,6 +15,7 @@ INTERPRETED_PROCESSORS = 2
 MANY_ROWS = 4096
 MOST_FUSED, MOST_FUSED_ONE_BIT = 256, 1024
 MANY_TOKENS = 64
+"""Up to here a fused product with few programs is as fast as unpacking."""
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 

@@ -33,9 +33,9 @@ MOST_RANK = 64
 
 SIZES: Mapping[str, tuple[int, ...]] = {
     "rows": (32, 64, 128, 256), "tokens": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8),
-    "stages": (1, 2, 3, 4, 5), "parts": tuple(range(1, 65)),
+    "stages": (1, 2, 3, 4, 5),
 }  # fmt: skip
-"""What a choice may hold."""
+"""What blocks may be."""
 
 
 def choice_for(
@@ -119,6 +119,8 @@ def _parsed(case: str, entry: Any) -> Choice:
     for name, legal in SIZES.items():
         if type(entry.get(name)) is not int or entry[name] not in legal:
             raise ValueError(f"{case}: {name} is {entry.get(name)!r}")
+    if type(entry.get("parts")) is not int or entry["parts"] < 1:
+        raise ValueError(f"{case}: parts is {entry.get('parts')!r}")
     if entry["rows"] < 16 * entry["warps"]:
         raise ValueError(f"{case}: {entry['rows']} rows are fewer than 16 per warp")
     if entry["tokens"] > 16 and entry["parts"] > 1:
