@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -36,3 +38,14 @@ def _seed() -> None:
 def golden(request: pytest.FixtureRequest) -> GoldenFile:
     """`golden.check(text)` compares with the file of this test; see `tests/golden_text.py`."""
     return request.config.stash[GOLDEN].file(request.node.nodeid)
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A home folder of lowra's for this test alone, and no tuning table of another."""
+    from lowra.backends.triton import tuning
+
+    monkeypatch.setenv("LOWRA_HOME", str(tmp_path))
+    tuning.forget()
+    yield
+    tuning.forget()

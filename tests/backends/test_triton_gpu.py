@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -66,11 +64,8 @@ def test_values_and_gradients_on_a_device_equal_the_reference() -> None:
     torch.testing.assert_close(got.cpu(), grad @ packed.dequantize(), rtol=1e-3, atol=1e-3)
 
 
-def test_what_tuning_finds_is_kept_and_gives_the_same_product(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOWRA_HOME", str(tmp_path))
-    tuning.forget()
+@pytest.mark.usefixtures("own_home")
+def test_what_tuning_finds_is_kept_and_gives_the_same_product() -> None:
     weight = random_weight(2048, 2048, 2, 1)
     found = list(tune([weight], (1, 100), torch.bfloat16))
     table = tuning.read_table(tuning.own_table(torch.cuda.get_device_name()))
@@ -83,4 +78,3 @@ def test_what_tuning_finds_is_kept_and_gives_the_same_product(
         y = torch.ops.lowra.quantized_linear(x.cuda(), *arguments_, None)
         want = x.double() @ dense.T
         assert float((y.cpu().double() - want).norm() / want.norm()) < 1e-2
-    tuning.forget()

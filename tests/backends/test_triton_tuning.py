@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,8 @@ from lowra.backends.triton.weight import weight_of
 from tests.backends.test_cpu_product import Shape, packed_of
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("own_home")
 SHIPPED = sorted(tuning.SHIPPED.glob("*.json"))
-
-
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOWRA_HOME", str(tmp_path))
-    tuning.forget()
-    yield
-    tuning.forget()
 
 
 def test_a_tuned_case_is_served_as_its_table_says() -> None:
@@ -58,7 +50,7 @@ def test_a_tuned_case_is_served_as_its_table_says() -> None:
 @pytest.mark.parametrize(
     "choice",
     [UNPACKED, Choice(Blocks(64, 16, 4, 2), 3), Choice(Blocks(128, 32, 8, 2)),
-     Choice(Blocks(32, 16, 1, 1))],
+     Choice(Blocks(32, 16, 1, 1)), Choice(Blocks(64, 16, 4, 2), 30)],
 )  # fmt: skip
 def test_products_are_the_same_by_every_choice(choice: Choice) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: lowra[triton]")

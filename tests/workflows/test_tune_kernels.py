@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +19,7 @@ from lowra.workflows.tune_kernels import candidates, keep, tune, tune_case
 
 pytest.importorskip("triton", reason="Triton is not installed: lowra[triton]")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOWRA_HOME", str(tmp_path))
-    tuning.forget()
-    yield
-    tuning.forget()
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def test_the_fastest_choice_is_kept_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
