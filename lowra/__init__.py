@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from lowra.backends.cpu.activations import get_activations, set_activations
+    from lowra.compiler.half_products import half_products
     from lowra.recipe import Recipe
     from lowra.runtime.serving.pool import AdapterPool
     from lowra.runtime.session import Session
@@ -41,6 +42,7 @@ __all__ = [
     "export_adapter",
     "finetune",
     "get_activations",
+    "half_products",
     "load",
     "load_adapter",
     "merge_adapter",
@@ -61,6 +63,7 @@ _HOMES = {
     "export": "lowra.api",
     "finetune": "lowra.workflows.finetune",
     "get_activations": "lowra.backends.cpu.activations",
+    "half_products": "lowra.compiler.half_products",
     "set_activations": "lowra.backends.cpu.activations",
     "save_adapter": "lowra.api",
     "load_adapter": "lowra.api",

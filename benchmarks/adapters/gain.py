@@ -31,6 +31,7 @@ from benchmarks.quality.protocol import Task, smollm2_task
 from benchmarks.results_file import FOLDER, write_results
 from lowra.adapters.factors import LowRank, balanced
 from lowra.adapters.loraquant import LoRAQuant
+from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import show_progress, stage
 from lowra.passes.adapter_budget import Budget, quantize_sites
 from lowra.runtime.modules import QuantizedLinear
@@ -175,7 +176,7 @@ def set_factors(model: nn.Module, factors: Factors) -> None:
 def loss_of(model: Any, rows: Rows) -> float:
     """Mean negative log likelihood of the labels."""
     total, count = 0.0, 0
-    with inference(model):
+    with inference(model), half_products():
         for ids, labels in zip(rows.ids, rows.labels, strict=True):
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
             losses = nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
@@ -220,7 +221,7 @@ def grams_of(model: Any, rows: Rows, adapter: Sequence[LowRank]) -> dict[str, Te
         return hook
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers_of(model)]
-    with inference(model):
+    with inference(model), half_products():
         for ids in rows.ids[:8]:
             model(input_ids=ids[None], use_cache=False)
     for hook in hooks:

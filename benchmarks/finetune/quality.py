@@ -19,6 +19,7 @@ from benchmarks.finetune.chart import draw
 from benchmarks.quality.protocol import Task, smollm2_task
 from benchmarks.quality.rows import code_version
 from benchmarks.results_file import FOLDER, write_results
+from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import show_progress, stage
 from lowra.optim import LoRARite, OPLoRA
 from lowra.workflows.evaluate import evaluate, windows
@@ -106,7 +107,7 @@ def train(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     losses = []
     model.train()
-    with stage(f"train with {optimizer}", steps) as bar:
+    with stage(f"train with {optimizer}", steps) as bar, half_products():
         for step in range(steps):
             at = int(order[step % len(order)])
             given = {"input_ids": rows[at : at + 1], "labels": wanted[at : at + 1]}

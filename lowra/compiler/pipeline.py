@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lowra.compiler.errors import LowraError, PipelineError, nearest
+from lowra.compiler.half_products import half_products
 from lowra.compiler.printer import print_program
 from lowra.compiler.program import Program
 from lowra.compiler.progress import stage
@@ -74,7 +75,7 @@ def _run_one(step: Pass, program: Program) -> Program:
     for kind in step.reads:
         for site in program.sites:
             program.fact(site.name, kind)
-    with stage(step.name, None):
+    with stage(step.name, None), half_products():
         done = step.run(program)
     for kind in step.writes:
         for site in done.sites:

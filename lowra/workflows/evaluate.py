@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.errors import CalibrationError, LowraError
+from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import stage
 from lowra.workflows.models import inference, vocabulary_size
 
@@ -67,7 +68,10 @@ def evaluate(
         )
     start = time.perf_counter()
     nll = divergence = 0.0
-    with inference(model), _inference_if(reference), stage("Evaluate", count) as progress:
+    with (
+        inference(model), _inference_if(reference), half_products(),
+        stage("Evaluate", count) as progress,
+    ):  # fmt: skip
         for ids in tokens.split(batch):
             logits = _logits(model, ids)
             expected = None if reference is None else _logits(reference, ids)

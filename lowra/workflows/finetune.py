@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lowra.compiler.errors import OutputError, RecipeError, TrainingError
+from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import stage
 from lowra.runtime.training import STATE, base_mark, check_mark, parts_of, prepare_training
 from lowra.workflows.evaluate import require_language_model
@@ -77,7 +78,7 @@ def finetune(
     if _begin(folder, run, model, restart) and (folder / REPORT).is_file():
         return _finished(model, folder)
     last = _last_checkpoint(folder / CHECKPOINTS, steps)
-    with stage("fine-tune", steps) as bar:
+    with stage("fine-tune", steps) as bar, half_products():
         trainer = _trainer(model, data, folder, tokenizer, settings, bar, tell, last is None)
         if last is not None:
             bar.advance(min(steps, _step_of(last)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.errors import CalibrationError
+from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import Stage, stage
 from lowra.workflows.decode_attention import decode_attention
 from lowra.workflows.models import inference
@@ -53,6 +54,7 @@ def generate_calibration(
     with (
         inference(model),
         decode_attention(model),
+        half_products(),
         _own_random_state(device, seed) as generator,
         stage("Write calibration text", count * context) as progress,
     ):
