@@ -26,10 +26,16 @@ def half_products() -> AbstractContextManager[Any]:
     """Within it, products of matrices in a dtype that this CPU has no instructions for are computed
     in float32 and rounded once, which is what CPUs that have them do; gradients too.
 
-    Nothing happens where the CPU has them, to tensors on other devices, and to products inside ops
-    of other namespaces than aten.
+    Nothing happens where the CPU has them, and to tensors on other devices. Ops of `lowra::` do so
+    everywhere.
     """
     return _Float32Products() if _slow_dtypes() else nullcontext()
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """In what dtype to multiply by `tensor`: its own, or float32 where the CPU that it is on has no
+    instructions for that."""
+    return torch.float32 if _is_slow(tensor) else tensor.dtype
 
 
 @functools.cache

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.compiler.half_products import product_dtype
+
 PACKED = (
     "Tensor codes, Tensor codebooks, Tensor? scales, Tensor order, "
     "int[] panels, int k, int group, int seed, int block"
@@ -158,20 +160,22 @@ def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _lora_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (packed, (x, lora_a, lora_b)), needs = _restore(ctx), ctx.needs_input_grad
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    grad_h = (rows @ lora_b.to(rows.dtype)) * ctx.scaling
+    dtype = product_dtype(grad)
+    wide, wide_inputs = rows.to(dtype), inputs.to(dtype)
+    grad_h = (wide @ lora_b.to(dtype)) * ctx.scaling
     grad_x = None
     if needs[0]:
-        grad_x = torch.ops.lowra.input_gradient(grad, *packed) + (
-            grad_h @ lora_a.to(rows.dtype)
-        ).view(x.shape)
+        grad_x = torch.ops.lowra.input_gradient(grad, *packed) + (grad_h @ lora_a.to(dtype)).view(
+            x.shape
+        ).to(grad.dtype)
     tables, scales = None, None
     if needs[2] or needs[3]:
         grads = torch.ops.lowra.table_gradients(rows, inputs, *packed)
         tables, scales = _asked(grads, packed, needs[1:4])
     grad_bias = rows.sum(0) if needs[10] else None
-    grad_a = (grad_h.T @ inputs).to(lora_a.dtype) if needs[11] else None
-    hidden = inputs @ lora_a.to(inputs.dtype).T
-    grad_b = ((rows.T @ hidden) * ctx.scaling).to(lora_b.dtype) if needs[12] else None
+    grad_a = (grad_h.T @ wide_inputs).to(lora_a.dtype) if needs[11] else None
+    hidden = wide_inputs @ lora_a.to(dtype).T
+    grad_b = ((wide.T @ hidden) * ctx.scaling).to(lora_b.dtype) if needs[12] else None
     return (grad_x, None, tables, scales, *[None] * 6, grad_bias, grad_a, grad_b, None)
 
 

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from lowra.backends.cpu import linear, toolchain
 from lowra.backends.reference import linear as reference
+from lowra.compiler import half_products
 from lowra.compiler.packing import FORMATS, levels_of, width_of
+from lowra.compiler.rotation import rotate
 from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
+from tests.backends.test_cpu_product import Shape, packed_of
 
 pytestmark = pytest.mark.skipif(toolchain.find_compiler() is None, reason="no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -67,3 +70,35 @@ def test_row_numbers_out_of_range_are_refused() -> None:
     arguments[3] = arguments[3] + 1  # type: ignore[operator]
     with pytest.raises(ValueError, match="out of range"):
         torch.ops.lowra.dequantize(*arguments, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 32])
+def test_without_instructions_for_a_dtype_sums_are_rounded_once(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of many tokens, and all gradients, on a CPU that multiplies only float32 fast."""
+    monkeypatch.setattr(half_products, "_slow_dtypes", lambda: frozenset((dtype,)))
+    packed = packed_of(Shape(70, 96, (1, 3), 32, shared=True, block=block))
+    weight = packed.dequantize(torch.float64)
+    x, a, b, grad = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(i)).to(dtype)
+        for i, shape in enumerate([(300, 96), (4, 96), (70, 4), (300, 70)])
+    )
+    inputs = [t.clone().requires_grad_() for t in (x, a, b)]
+    books = packed.codebooks.clone().requires_grad_()
+    arguments = (packed.op_args()[0], books, *packed.op_args()[2:])
+    y = torch.ops.lowra.quantized_linear_lora(inputs[0], *arguments, None, *inputs[1:], 0.5)
+    found = (y, *torch.autograd.grad(y, (*inputs, books), grad))
+    wide = [t.double().requires_grad_() for t in (x, a, b)]
+    tables = packed.codebooks.double().requires_grad_()
+    dense = reference.stored_rows(arguments[0], tables, *arguments[2:7], torch.float64)
+    assert torch.allclose(dense, rotate(weight, packed.rotation), atol=1e-6)
+    turned = rotate(wide[0], packed.rotation)
+    exact = turned @ dense.T + 0.5 * wide[0] @ wide[1].T @ wide[2].T
+    wanted = (exact, *torch.autograd.grad(exact, (*wide, tables), grad.double()))
+    # Inputs of 1 x 32 rotations are rounded once more, and so are their gradients.
+    limit = torch.finfo(dtype).eps * (0.32 if block == 1 else 0.4)
+    for name, got, want in zip(("y", "x", "A", "B", "tables"), found, wanted, strict=True):
+        distance = float((got.detach().double() - want.detach()).norm() / want.detach().norm())
+        assert distance < limit, f"{name}: {distance}"

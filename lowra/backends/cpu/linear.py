@@ -21,6 +21,7 @@ from lowra.backends.cpu.product import (
 )
 from lowra.backends.cpu.tiers import best_tier
 from lowra.backends.reference import linear
+from lowra.compiler.half_products import product_dtype
 from lowra.compiler.ops import DIRECT, LIBRARY
 
 
@@ -37,7 +38,7 @@ def stored_rows(
     return linear.stored_rows(codes, codebooks, scales, order, panels, k, group, dtype)
 
 
-FEW_TOKENS = {"avx512": 64, "avx2": 64, "": 8}
+FEW_TOKENS = {"avx512": 64, "avx2": 16, "": 8}
 """By a tier's vectors: with more tokens, unpacking rows for torch's product costs less."""
 
 ANY_TOKENS = "avx512"
@@ -102,8 +103,13 @@ def forward(
 
 def add_factors(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """y + scaling (x A') B', in place."""
-    hidden = functional.linear(x.reshape(-1, x.shape[-1]), a.to(x.dtype))
-    y.view(-1, y.shape[-1]).addmm_(hidden, b.to(x.dtype).T, alpha=scaling)
+    dtype = product_dtype(x)
+    hidden = functional.linear(x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype))
+    rows = y.view(-1, y.shape[-1])
+    if dtype == y.dtype:
+        rows.addmm_(hidden, b.to(dtype).T, alpha=scaling)
+    else:
+        rows += scaling * functional.linear(hidden, b.to(dtype))
     return y
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.cpu.product import KINDS, Prepared
+from lowra.compiler.half_products import product_dtype
 from lowra.compiler.packing import TERNARY_TILE, TILE
 
 COLUMNS = math.lcm(TILE, TERNARY_TILE)
@@ -71,15 +72,16 @@ def pieces(total: int, other: int, unit: int, dtype: torch.dtype) -> list[slice]
 def forward_by_pieces(x: Tensor, ready: Prepared, bias: Tensor | None) -> Tensor:
     """y [..., n] of many tokens: rows are unpacked into cache, and torch multiplies."""
     n, k = ready.weight.n, ready.weight.k
-    turned = turned_input(x, ready)
-    bias = None if bias is None else bias.to(x.dtype)
-    cut = pieces(n, k, 64, x.dtype)
+    dtype = product_dtype(x)
+    turned = turned_input(x, ready).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    cut = pieces(n, k, 64, dtype)
     if len(cut) == 1:
-        y = functional.linear(turned, values(ready, x.dtype, reuse=True), bias)
-        return y.view(*x.shape[:-1], n)
+        y = functional.linear(turned, values(ready, dtype, reuse=True), bias)
+        return y.to(x.dtype).view(*x.shape[:-1], n)
     y = x.new_empty((turned.shape[0], n))
     for rows in cut:
-        part = values(ready, x.dtype, rows=rows, reuse=True)
+        part = values(ready, dtype, rows=rows, reuse=True)
         y[:, rows] = functional.linear(turned, part, None if bias is None else bias[rows])
     return y.view(*x.shape[:-1], n)
 
@@ -87,17 +89,18 @@ def forward_by_pieces(x: Tensor, ready: Prepared, bias: Tensor | None) -> Tensor
 def backward_by_pieces(grad: Tensor, ready: Prepared) -> Tensor:
     """dL/dx [..., k] = dL/dy W, a few columns of W at a time."""
     n, k = ready.weight.n, ready.weight.k
-    given = grad.reshape(-1, n)
-    cut = pieces(k, n, COLUMNS, grad.dtype)
+    dtype = product_dtype(grad)
+    given = grad.reshape(-1, n).to(dtype)
+    cut = pieces(k, n, COLUMNS, dtype)
     if len(cut) == 1:
-        out = given @ values(ready, grad.dtype, reuse=True)
+        out = given @ values(ready, dtype, reuse=True)
     else:
-        out = grad.new_empty((given.shape[0], k))
+        out = given.new_empty((given.shape[0], k))
         for columns in cut:
-            out[:, columns] = given @ values(ready, grad.dtype, columns=columns, reuse=True)
+            out[:, columns] = given @ values(ready, dtype, columns=columns, reuse=True)
     if ready.weight.block > 1:
         out = turn(out, ready, back=True)
-    return out.view(*grad.shape[:-1], k)
+    return out.to(grad.dtype).view(*grad.shape[:-1], k)
 
 
 def turn(x: Tensor, ready: Prepared, back: bool) -> Tensor:

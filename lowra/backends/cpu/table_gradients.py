@@ -13,6 +13,7 @@ from lowra.backends.cpu.emit import VALUES
 from lowra.backends.cpu.pieces import Part, pieces, turned_input
 from lowra.backends.cpu.product import KINDS, Prepared, prepared
 from lowra.backends.reference import linear as reference
+from lowra.compiler.half_products import product_dtype
 from lowra.compiler.ops import LIBRARY
 from lowra.compiler.packing import levels_of
 
@@ -32,7 +33,8 @@ def table_gradients(
 def _code_sums(grad: Tensor, x: Tensor, ready: Prepared, panels: list[int]) -> Tensor:
     """float32, panel after panel [rows, groups, levels]: sums of dL/dW over a code's weights."""
     weight = ready.weight
-    turned = turned_input(x, ready)
+    dtype = product_dtype(x)
+    grad, turned = grad.to(dtype), turned_input(x, ready).to(dtype)
     counts = zip(panels[0::2], panels[1::2], strict=True)
     sums = torch.empty(sum(rows * levels_of(id) for id, rows in counts) * weight.groups)
     for rows in pieces(weight.n, weight.k, 64, grad.dtype):
