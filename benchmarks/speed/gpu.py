@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.results_file import write_results
-from lowra.backends.triton import linear, schedule
+from lowra.backends.triton import linear, schedule, service
 from lowra.backends.triton.tuning import entry_of
 from lowra.compiler.storage import UNROTATED
 from lowra.workflows.bench import random_weight
@@ -85,7 +85,7 @@ def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Itera
     """Microseconds of each choice that `lowra bench --tune` tries; one that fails says why."""
     copies = device_copies(replace(random_weight(n, k, *widths), rotation=UNROTATED))
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    target, weight = linear.target_of(x.device), linear.weight_of(copies[0])
+    target, weight = service.target_of(x.device), linear.weight_of(copies[0])
     assert target is not None
     for choice in candidates(weight, m, schedule.processors(x.device), target):
         row = {"case": name, "n": n, "k": k, "m": m, "choice": entry_of(choice)}
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
     sweep = parser.parse_args().sweep
-    os.environ[linear.SWITCH] = "on"
+    os.environ[service.SWITCH] = "on"
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "rows": [], "sweep": []}
     found["copy_gb_per_s"] = copy_bandwidth() / 1e9
     print(found["gpu"], f"copy {found['copy_gb_per_s']:.0f} GB/s", flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowra.backends.triton import linear
+from lowra.backends.triton import linear, service
 from lowra.backends.triton.keys import Blocks
 from lowra.backends.triton.schedule import (
     UNPACKED,
@@ -78,7 +78,7 @@ def tune(
     fastest in the user's table, each as soon as it is there. Raises LowraError without a device
     that kernels run on."""
     name = require_device()
-    target = linear.target_of(torch.device("cuda", torch.cuda.current_device()))
+    target = service.target_of(torch.device("cuda", torch.cuda.current_device()))
     assert target is not None
     with torch.no_grad():
         for weight in weights:
@@ -94,7 +94,7 @@ def require_device() -> str:
     if not torch.cuda.is_available():
         raise LowraError("there is no CUDA device: tuning measures kernels on one")
     device = torch.device("cuda", torch.cuda.current_device())
-    if linear.target_of(device) is None:
+    if service.target_of(device) is None:
         raise LowraError(f"no kernel runs on {device_name(device)}; the warning above says why")
     return device_name(device)
 

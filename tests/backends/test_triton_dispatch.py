@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lowra  # noqa: F401 - registers backends
-from lowra.backends.triton import build, linear
+from lowra.backends.triton import build, linear, service
 from lowra.backends.triton.emit import arguments, emit
 from lowra.backends.triton.keys import (
     Blocks,
@@ -58,17 +58,17 @@ def test_without_triton_plain_torch_serves_and_says_so_once(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
     )
-    monkeypatch.setenv(linear.SWITCH, "on")
-    linear._explain.cache_clear()
-    linear.target_of.cache_clear()
+    monkeypatch.setenv(service.SWITCH, "on")
+    service.explain.cache_clear()
+    service.target_of.cache_clear()
     packed = packed_of(Shape(20, 96, (2, 4), block=32))
     x = torch.randn(3, 96)
     for _ in range(2):  # on a CPU device: what is asked of a device comes after
         y = linear.forward(x, packed.op_args(), None, None)
         torch.testing.assert_close(y, x @ packed.dequantize().T, rtol=1e-4, atol=1e-4)
-    linear.backward(y, packed.op_args(), linear.target_of(x.device))
-    linear.unpacked(packed.op_args(), torch.float32, linear.target_of(x.device))
-    linear.target_of.cache_clear()
+    linear.backward(y, packed.op_args(), service.target_of(x.device))
+    linear.unpacked(packed.op_args(), torch.float32, service.target_of(x.device))
+    service.target_of.cache_clear()
     assert len(caplog.records) == 1 and "lowra[triton]" in caplog.text
 
 
@@ -102,25 +102,25 @@ def test_targets_of_amd_devices() -> None:
 def test_an_old_device_is_declined_with_its_capability(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(linear.SWITCH, "on")
+    monkeypatch.setenv(service.SWITCH, "on")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    linear._explain.cache_clear()
-    linear.target_of.cache_clear()
-    assert linear.target_of(torch.device("cuda:0")) is None
-    linear.target_of.cache_clear()
+    service.explain.cache_clear()
+    service.target_of.cache_clear()
+    assert service.target_of(torch.device("cuda:0")) is None
+    service.target_of.cache_clear()
     assert "7.0" in caplog.text and "8.0" in caplog.text
 
 
 def test_switched_off_no_kernel_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(linear.SWITCH, "off")
-    linear._explain.cache_clear()
-    linear.target_of.cache_clear()
-    assert linear.target_of(torch.device("cuda:0")) is None
-    linear.target_of.cache_clear()
-    assert f"{linear.SWITCH} is off" in caplog.text
+    monkeypatch.setenv(service.SWITCH, "off")
+    service.explain.cache_clear()
+    service.target_of.cache_clear()
+    assert service.target_of(torch.device("cuda:0")) is None
+    service.target_of.cache_clear()
+    assert f"{service.SWITCH} is off" in caplog.text
 
 
 def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
@@ -135,8 +135,8 @@ def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
     for name in ("run", "_workspace"):
         monkeypatch.setattr(linear.launch, name, fail)
     monkeypatch.setattr(linear.launch, "processors", lambda device: 132)
-    monkeypatch.setattr(linear, "_failed", [])
-    linear._explain.cache_clear()
+    monkeypatch.setattr(service, "failures", [])
+    service.explain.cache_clear()
     packed = packed_of(Shape(20, 96, (2, 4), block=32))
     dense, x, target = packed.dequantize(), torch.randn(3, 96), TARGETS[1]
     factors = (torch.randn(4, 96), torch.randn(20, 4), 0.5)
@@ -148,7 +148,7 @@ def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
                                rtol=1e-4, atol=1e-4)  # fmt: skip
     assert torch.equal(linear.unpacked(packed.op_args(), torch.float32, target), dense)
     assert len(asked) == 1 and len(caplog.records) == 1
-    assert "unsupported toolchain" in caplog.text and f"{linear.SWITCH}=off" in caplog.text
+    assert "unsupported toolchain" in caplog.text and f"{service.SWITCH}=off" in caplog.text
     assert "more" not in caplog.records[0].getMessage()
 
 
@@ -157,11 +157,11 @@ def test_no_room_is_no_failure_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(linear.launch, "run", fail)
-    monkeypatch.setattr(linear, "_failed", [])
+    monkeypatch.setattr(service, "failures", [])
     packed = packed_of(Shape(20, 96, (2, 4), block=32))
     with pytest.raises(torch.OutOfMemoryError):
         linear.unpacked(packed.op_args(), torch.float32, TARGETS[1])
-    assert not linear._failed
+    assert not service.failures
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name.split("-")[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowra  # noqa: F401 - registers backends
-from lowra.backends.triton import linear, tuning
+from lowra.backends.triton import service, tuning
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
 from tests.backends.test_cpu_product import Shape, packed_of
@@ -19,8 +19,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(linear.SWITCH, "on")
-    linear.target_of.cache_clear()
+    monkeypatch.setenv(service.SWITCH, "on")
+    service.target_of.cache_clear()
 
 
 def test_products_on_a_device_equal_float64() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowra.backends.reference import linear as reference
-from lowra.backends.triton import launch, linear, schedule
+from lowra.backends.triton import launch, linear, schedule, service
 from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.targets import INTERPRETER
 from lowra.backends.triton.weight import weight_of
@@ -184,7 +184,7 @@ def test_a_wrong_size_is_refused() -> None:
 
 
 def test_float64_is_declined_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
-    linear._explain.cache_clear()
+    service.explain.cache_clear()
     packed = packed_of(Shape(21, 96, (2, 4)))
     x = torch.randn(2, 96, dtype=torch.float64)
     y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.reference import linear as reference
-from lowra.backends.triton import launch
+from lowra.backends.triton import launch, service
 from lowra.backends.triton.schedule import UNPACKED, Choice
-from lowra.backends.triton.targets import Target, cuda_target, hip_target
+from lowra.backends.triton.service import explain, served, target_of
+from lowra.backends.triton.targets import Target
 from lowra.backends.triton.tuning import choice_for
 from lowra.backends.triton.weight import Weight, declined, weight_of
 from lowra.compiler.ops import DIRECT, LIBRARY
 from lowra.compiler.packing import TERNARY_TILE, TILE
 from lowra.compiler.rotation import Rotation
 
-log = logging.getLogger("lowra")
-SWITCH = "LOWRA_GPU_KERNELS"
-"""These kernels serve unless it is "off"."""
 FEW_TOKENS = 16
 """Up to here a kernel of our own makes h = x A'; above, torch does."""
 COLUMNS = math.lcm(TILE, TERNARY_TILE)
@@ -37,63 +31,14 @@ second cache. Not measured."""
 _unpacked: dict[str, Callable[..., Tensor]] = reference.kernels(reference.stored_rows)
 
 
-@functools.cache
-def target_of(device: torch.device) -> Target | None:
-    """What kernels for `device` are written for; None, said once, where there are none."""
-    if os.environ.get(SWITCH) == "off":
-        return _explain(f"{SWITCH} is off")
-    if importlib.util.find_spec("triton") is None:
-        return _explain("Triton is not installed: pip install 'lowra[triton]'")
-    if torch.version.hip:
-        name = str(torch.cuda.get_device_properties(device).gcnArchName)
-        return hip_target(name) or _explain(f"there are none for {name}")
-    major, minor = torch.cuda.get_device_capability(device)
-    need = "compute capability 8.0 or more is needed"
-    return cuda_target(major, minor) or _explain(f"{device} has {major}.{minor}; {need}")
-
-
-@functools.cache
-def _explain(why: str) -> None:
-    """Say once why plain torch serves."""
-    log.warning("running without GPU kernels, several times slower: %s", why)
-
-
 def ready(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None) -> Weight | None:
     """The weight as kernels take it; None, with the reason said once, where they do not."""
-    if target is None or _failed:
+    if target is None or service.failures:
         return None
     why = declined(packed, dtype)
     if why is not None:
-        return _explain(why)
+        return explain(why)
     return weight_of(packed)
-
-
-_failed: list[str] = []
-"""Why a kernel could not be built or launched: from then on plain torch serves."""
-
-
-def _served(
-    target: Target, kernels: Callable[[], Tensor], reference: Callable[[], Tensor]
-) -> Tensor:
-    """What the kernels give; where one cannot be built or launched, what plain torch gives.
-
-    No room raises as it does anywhere, and so does the interpreter's target.
-    """
-    try:
-        return kernels()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if not target.backend:
-            raise
-        _failed.append(f"{type(error).__name__}: {error}")
-        log.debug("a GPU kernel failed", exc_info=True)
-        first = (str(error).splitlines() or [""])[0][:200]
-        _explain(
-            f"one failed to build or to launch ({type(error).__name__}: {first}); update the "
-            f"driver and Triton, or set {SWITCH}=off"
-        )
-        return reference()
 
 
 def forward(
@@ -111,7 +56,7 @@ def forward(
 
     if weight is None or target is None:
         return reference()
-    return _served(target, lambda: product(x, packed, weight, target, bias, factors), reference)
+    return served(target, lambda: product(x, packed, weight, target, bias, factors), reference)
 
 
 def product(
@@ -188,7 +133,7 @@ def unpacked(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None)
         stored = launch.values(weight, torch.float32 if rotation.active else dtype, target)
         return launch.rotated(stored, rotation, target, back=True).to(dtype)
 
-    return _served(target, kernels, lambda: _unpacked["dequantize"](*packed, dtype))
+    return served(target, kernels, lambda: _unpacked["dequantize"](*packed, dtype))
 
 
 def input_gradient(
@@ -210,7 +155,7 @@ def backward(grad: Tensor, packed: tuple[Any, ...], target: Target | None) -> Te
 
     if weight is None or target is None:
         return reference()
-    return _served(target, lambda: _by_pieces(grad, packed, weight, target), reference)
+    return served(target, lambda: _by_pieces(grad, packed, weight, target), reference)
 
 
 def _by_pieces(grad: Tensor, packed: tuple[Any, ...], weight: Weight, target: Target) -> Tensor:
