@@ -20,6 +20,8 @@ _PRODUCTS = frozenset({
     _ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default,
     _ATEN.linear.default, _ATEN.matmul.default,
 })  # fmt: skip
+_ATTENTION_GRADIENT = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
+"""Its forward is fast in any dtype."""
 
 
 def half_products() -> AbstractContextManager[Any]:
@@ -56,11 +58,17 @@ class _Float32Products(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _ATTENTION_GRADIENT and _is_slow(args[0]):
+            found = func(*map(_wide, args), **{name: _wide(a) for name, a in kwargs.items()})
+            return tuple(gradient.to(args[0].dtype) for gradient in found)
         tensors = [a for a in args if isinstance(a, Tensor)] if func in _PRODUCTS else []
-        if not tensors or not all(_is_slow(tensor) for tensor in tensors):
-            return func(*args, **kwargs)
-        wide = (a.float() if isinstance(a, Tensor) else a for a in args)
-        return func(*wide, **kwargs).to(tensors[0].dtype)
+        if tensors and all(map(_is_slow, tensors)):
+            return func(*map(_wide, args), **kwargs).to(tensors[0].dtype)
+        return func(*args, **kwargs)
+
+
+def _wide(argument: Any) -> Any:
+    return argument.float() if isinstance(argument, Tensor) and _is_slow(argument) else argument
 
 
 def _is_slow(tensor: Tensor) -> bool:

@@ -81,6 +81,30 @@ def test_every_product_of_the_list_is_taken(dtype: torch.dtype, gradients: bool)
         assert_once_rounded(found, exact[name])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_attention_are_computed_in_float32(masked: bool) -> None:
+    mask = draw(9, 33, 33, dtype=torch.bfloat16) if masked else None
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [draw(i, 1, 2, 33, 16, dtype=torch.bfloat16).to(dtype) for i in range(3)]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        given = None if mask is None else mask.to(dtype)
+        out = functional.scaled_dot_product_attention(
+            inputs[0], inputs[1], inputs[2], given, is_causal=not masked
+        )
+        grad = draw(8, 1, 2, 33, 16, dtype=torch.bfloat16).to(dtype)
+        return list(torch.autograd.grad(out, inputs, grad))
+
+    with half_products():
+        found = run(torch.bfloat16)
+    native = run(torch.bfloat16)
+    for got, own, exact in zip(found, native, run(torch.float64), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - exact).norm() <= 1.02 * (own - exact).norm()
+        # The output, rounded, is an input of its gradient.
+        assert (got - exact).norm() < 4e-3 * exact.norm()
+
+
 def test_other_dtypes_devices_and_ops_pass_through() -> None:
     x = draw(1, 4, 8, dtype=torch.float32)
     half = x.bfloat16()
