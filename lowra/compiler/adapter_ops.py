@@ -11,6 +11,7 @@ with f_j as in adapter_pages.py. A token has up to J entries (slot, weight); the
     scalings  float32 [s]        s_j
     slots     int32 [m, J]       which adapter; -1 is none
     weights   float32 [m, J]     w_j
+    rank      int                no A of the chunks has more rows
 
 Slots and addresses are data: another adapter, or another batch, is no other program. A token whose
 slots are all -1 gets its y back, bit for bit.
@@ -26,7 +27,10 @@ from torch import Tensor
 
 from lowra.compiler.ops import LIBRARY
 
-HELD = "Tensor pages, Tensor chunks, Tensor bounds, Tensor scalings, Tensor slots, Tensor weights"
+HELD = (
+    "Tensor pages, Tensor chunks, Tensor bounds, Tensor scalings, Tensor slots, Tensor weights, "
+    "int rank"
+)
 LIBRARY.define(f"apply_adapters(Tensor y, Tensor x, {HELD}) -> Tensor")
 LIBRARY.define(
     f"apply_adapters_backward(Tensor grad, Tensor y, Tensor x, {HELD}) -> (Tensor, Tensor, Tensor)"
@@ -39,21 +43,22 @@ def _(y, x, *rest):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("lowra::apply_adapters_backward")
-def _(grad, y, x, pages, chunks, bounds, scalings, slots, weights):  # type: ignore[no-untyped-def]
+def _(grad, y, x, pages, chunks, bounds, scalings, slots, weights, rank):  # type: ignore[no-untyped-def]
     return torch.empty_like(y), torch.empty_like(x), torch.empty_like(weights)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.rank = inputs[-1]
 
 
 def _grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    found = torch.ops.lowra.apply_adapters_backward(grad, *ctx.saved_tensors)
+    found = torch.ops.lowra.apply_adapters_backward(grad, *ctx.saved_tensors, ctx.rank)
     needs = ctx.needs_input_grad
     to_y, to_x, to_weights = (
         value if needs[place] else None for value, place in zip(found, (0, 1, 7), strict=True)
     )
-    return (to_y, to_x, *[None] * 5, to_weights)
+    return (to_y, to_x, *[None] * 5, to_weights, None)
 
 
 torch.library.register_autograd("lowra::apply_adapters", _grad, setup_context=_setup)

@@ -6,13 +6,14 @@ point; at 1 bit it is sign times scale. *Asymmetric*: `(code - zero) * scale`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowra.compiler.packing import TERNARY
+from lowra.compiler.packing import TERNARY, width_id
 from lowra.compiler.storage import ROW_SCALES
 
 SYMMETRIC = "symmetric"
@@ -43,6 +44,16 @@ def levels(width: float) -> Tensor:
     upper = _UPPER[width]
     middle = (0.0,) if width == TERNARY else ()
     return torch.tensor((*(-x for x in reversed(upper)), *middle, *upper))
+
+
+@functools.cache
+def level_tables() -> Tensor:
+    """float32 [formats, 16]: the levels of every symmetric grid, by the id of its width."""
+    tables = torch.zeros(max(map(width_id, WIDTHS)) + 1, 16)
+    for width in WIDTHS:
+        found = levels(width)
+        tables[width_id(width), : len(found)] = found
+    return tables
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowra.backends.cpu import toolchain
 from lowra.backends.reference.adapters import apply_adapters as reference
 from lowra.compiler.adapter_delta import Shared, SiteDelta, runs_of
-from lowra.compiler.adapter_pages import CHUNK
+from lowra.compiler.adapter_pages import CHUNK, largest_rank
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.serving.pages import Memory, lay_out
 from tests.compiler.deltas import FORMATS, Drawn, Meaning, site_of
@@ -90,7 +90,7 @@ def test_mixed_adapters_equal_the_formula(
     slots, weights = batch(m, len(drawn), places, seed)
     want = expected(y, x, meanings, slots, weights)
     for op in (OPS.apply_adapters, reference):
-        got = op(y, x, *tables, slots, weights)
+        got = op(y, x, *tables, slots, weights, largest_rank(tables[1]))
         assert got.dtype == dtype
         scale = 1 + sum((m.a.norm() * m.b.norm() * m.core.norm() for m in meanings if m), 0.0)
         torch.testing.assert_close(
@@ -109,7 +109,7 @@ def test_gradients_to_outputs_inputs_and_weights(parts: tuple[str, ...]) -> None
     x, y, w = (torch.randn(4, size, dtype=torch.float64) for size in (9, 6, 2))
 
     def run(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return OPS.apply_adapters(y, x, pages, chunks, bounds, scalings, slots, w)
+        return OPS.apply_adapters(y, x, pages, chunks, bounds, scalings, slots, w, 3)
 
     inputs = [t.requires_grad_() for t in (y, x, w)]
     assert torch.autograd.gradcheck(run, inputs)
@@ -119,7 +119,7 @@ def test_the_op_passes_torchs_own_checks() -> None:
     sites = [site_of("s", 6, 9, Drawn(parts=frozenset({"post"})))[0]]
     slots, weights = batch(5, 1, 1, 0)
     x, y = torch.randn(5, 9, requires_grad=True), torch.randn(5, 6, requires_grad=True)
-    arguments = (y, x, *held(sites, 512), slots, weights)
+    arguments = (y, x, *held(sites, 512), slots, weights, 4)
     torch.library.opcheck(OPS.apply_adapters.default, arguments)
 
 
@@ -130,7 +130,7 @@ def test_rows_of_one_linear_may_lie_in_many_pages() -> None:
     used = {int(at) // 512 for at in tables[1][:, -1]}
     assert len(used) > 5
     x, y, slots = torch.randn(3, 300), torch.randn(3, 40), torch.zeros(3, 1, dtype=torch.int32)
-    got = OPS.apply_adapters(y, x, *tables, slots, torch.ones(3, 1))
+    got = OPS.apply_adapters(y, x, *tables, slots, torch.ones(3, 1), 29)
     torch.testing.assert_close(got.double(), meaning(y, x), rtol=1e-5, atol=1e-5)
     assert not any(isinstance(part, Shared) for part in site.parts.values())
 
@@ -152,7 +152,7 @@ def test_chunks_that_leave_the_pages_or_do_not_fit_are_refused(column: str, valu
     with pytest.raises(AdapterError, match=r"chunks of slot 1.*linear \[40, 300\]"):
         OPS.apply_adapters(
             torch.zeros(3, 40), torch.zeros(3, 300), pages, chunks, bounds, scalings, slots,
-            torch.ones(3, 1),
+            torch.ones(3, 1), 4,
         )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_the_same_with_any_number_of_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(OPS.apply_adapters(y, x, *tables, slots, weights))
+            results.append(OPS.apply_adapters(y, x, *tables, slots, weights, 4))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)

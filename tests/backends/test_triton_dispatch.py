@@ -17,6 +17,8 @@ from lowra.backends.triton import build, linear, service
 from lowra.backends.triton.emit import arguments, emit
 from lowra.backends.triton.keys import (
     Blocks,
+    ExpandKey,
+    GatherKey,
     LinearKey,
     RotateKey,
     ShrinkKey,
@@ -37,12 +39,17 @@ KEYS = [
     ValuesKey(TARGETS[0], WEIGHT, "float16", Blocks(32, 0, 4, 1)),
     ShrinkKey(TARGETS[1], "bfloat16", "float32", Blocks(16, 16, 4, 3), True),
     RotateKey(TARGETS[1], "bfloat16", 64, True),
+    GatherKey(TARGETS[1], "bfloat16", Blocks(16, 16, 8, 2)),
+    ExpandKey(TARGETS[3], "float16", "float32", Blocks(16, 32, 8, 2)),
 ]
 
 
 def test_cuda_tensors_are_dispatched_to_this_backend() -> None:
     assert DIRECT["cuda"] is linear.forward
-    for name in ("quantized_linear", "quantized_linear_lora", "dequantize", "input_gradient"):
+    for name in (
+        "quantized_linear", "quantized_linear_lora", "dequantize", "input_gradient",
+        "apply_adapters",
+    ):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowra::{name}", "CUDA")
 
 

@@ -9,7 +9,9 @@ import lowra  # noqa: F401 - registers backends
 from lowra.backends.triton import service, tuning
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
+from tests.backends.test_adapter_ops import batch, expected, held
 from tests.backends.test_cpu_product import Shape, packed_of
+from tests.compiler.deltas import FORMATS, Drawn, site_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +64,28 @@ def test_values_and_gradients_on_a_device_equal_the_reference() -> None:
     grad = torch.randn(40, 700)
     got = torch.ops.lowra.input_gradient(grad.cuda(), *arguments_)
     torch.testing.assert_close(got.cpu(), grad @ packed.dequantize(), rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_on_a_device_equal_the_formula() -> None:
+    """Every format and part, one adapter per token, then two; few tokens and many."""
+    for parts in (frozenset[str](), frozenset({"core", "diagonal"}), frozenset({"out", "post"})):
+        drawn = [
+            Drawn(((17, format), (3, "f16")), ((20, format),), 128, parts, seed=i)
+            for i, format in enumerate(FORMATS)
+        ]
+        made = [site_of("s", 1000, 1344, d) for d in drawn]
+        meanings = [meaning for _, meaning in made]
+        tables = held([site for site, _ in made], 4096)
+        for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+            for m, places in ((1, 1), (33, 1), (300, 2)):
+                x, y = torch.randn(m, 1344).to(dtype), torch.randn(m, 1000).to(dtype)
+                slots, weights = batch(m, len(made), places, m)
+                arguments_ = [t.cuda() for t in (y, x, *tables, slots, weights)]
+                got = torch.ops.lowra.apply_adapters(*arguments_, 20)
+                again = torch.ops.lowra.apply_adapters(*arguments_, 20)
+                want = expected(y, x, meanings, slots, weights)
+                assert float((got.cpu().double() - want).norm() / want.norm()) < limit
+                assert torch.equal(got, again) and not service.failures
 
 
 @pytest.mark.usefixtures("own_home")

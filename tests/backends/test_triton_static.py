@@ -8,10 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from lowra.backends.triton.adapters import tokens_of
 from lowra.backends.triton.emit import emit
 from lowra.backends.triton.keys import (
     Blocks,
+    ExpandKey,
+    GatherKey,
     Key,
     LinearKey,
     RotateKey,
@@ -194,6 +198,25 @@ def test_many_tokens_use_the_tensor_cores_of_each_target(target: str) -> None:
     if target == "sm90":  # the look-up of 256 columns, shared by 128 tokens
         loop, weights = loop_of(key, 2)
         assert sum(loop.values()) / weights < 3.5
+
+
+@pytest.mark.parametrize("target", BY_NAME)
+@pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (512, "float16"), (512, "float32")])
+def test_kernels_of_adapters_compile_everywhere(target: str, m: int, dtype: str) -> None:
+    """Half precision is multiplied in TF32; the registers hold all that a program works on."""
+    blocks = Blocks(16, tokens_of(m, getattr(torch, dtype)), 8, 2)
+    for key in (
+        GatherKey(BY_NAME[target], dtype, blocks),
+        ExpandKey(BY_NAME[target], dtype, dtype, blocks),
+    ):
+        static = compiled(key)
+        assert static.shared_bytes <= SHARED_BYTES[target]
+        if target == "gfx942":
+            assert dtype == "float32" or "v_mfma" in static.texts["amdgcn"]
+            continue
+        opcodes = {opcode.split(".")[0] for opcode in machine(key).counts}
+        assert not opcodes & {"LDL", "STL"}, key.name
+        assert dtype == "float32" or ".f32.tf32.tf32" in static.texts["ptx"]
 
 
 @pytest.mark.parametrize("target", BY_NAME)

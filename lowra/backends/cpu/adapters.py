@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -11,26 +10,13 @@ from torch import Tensor
 from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import adapters as reference
 from lowra.compiler.errors import AdapterError
-from lowra.compiler.grids import WIDTHS, levels
+from lowra.compiler.grids import level_tables
 from lowra.compiler.ops import LIBRARY
-from lowra.compiler.packing import width_id
-
-LEVELS = 16
-
-
-@functools.cache
-def _tables() -> Tensor:
-    """float32 [formats, 16]: the levels of every symmetric grid, by the id of its width."""
-    tables = torch.zeros(max(map(width_id, WIDTHS)) + 1, LEVELS)
-    for width in WIDTHS:
-        found = levels(width)
-        tables[width_id(width), : len(found)] = found
-    return tables
 
 
 def apply_adapters(
     y: Tensor, x: Tensor, pages: Tensor, chunks: Tensor, bounds: Tensor, scalings: Tensor,
-    slots: Tensor, weights: Tensor,
+    slots: Tensor, weights: Tensor, rank: int,
 ) -> Tensor:  # fmt: skip
     """y + sum over j of w_j (f_j(y) - y); see the reference. In float32.
 
@@ -39,13 +25,13 @@ def apply_adapters(
     built = None if y.dtype == torch.float64 else library("adapters")
     if built is None:
         tables = (pages, chunks, bounds, scalings, slots, weights)
-        return reference.apply_adapters(y, x, *tables)
+        return reference.apply_adapters(y, x, *tables, rank)
     (m, n), k = y.shape, x.shape[1]
     base, inputs = y.float().contiguous(), x.float().contiguous()
     sums = base.clone()
     held = (pages.contiguous(), chunks.int().contiguous(), bounds.int().contiguous())
     scales, which = scalings.float().contiguous(), slots.int().contiguous()
-    shares, tables = weights.float().contiguous(), _tables()
+    shares, tables = weights.float().contiguous(), level_tables()
     size = ctypes.c_int64
     run = built.lowra_apply_adapters
     run.restype = size

@@ -75,7 +75,7 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 def apply_adapters(
     y: Tensor, x: Tensor, pages: Tensor, chunks: Tensor, bounds: Tensor, scalings: Tensor,
-    slots: Tensor, weights: Tensor,
+    slots: Tensor, weights: Tensor, rank: int,
 ) -> Tensor:  # fmt: skip
     """y + sum over j of w_j (d_j * (y + s_j o_j * B_j C_j A_j x) - y)."""
     working = _working(y.dtype)
@@ -92,7 +92,7 @@ def apply_adapters(
 
 def apply_adapters_backward(
     grad: Tensor, y: Tensor, x: Tensor, pages: Tensor, chunks: Tensor, bounds: Tensor,
-    scalings: Tensor, slots: Tensor, weights: Tensor,
+    scalings: Tensor, slots: Tensor, weights: Tensor, rank: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to y, x and weights of `apply_adapters`."""
     working = _working(y.dtype)

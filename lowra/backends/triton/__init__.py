@@ -1,5 +1,5 @@
 """The GPU backend: Triton source written per kernel key. Triton is imported on first use."""
 
-from lowra.backends.triton import linear
+from lowra.backends.triton import adapters, linear
 
-__all__ = ["linear"]
+__all__ = ["adapters", "linear"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from lowra.backends.triton.emit_adapters import PAGES, READ, expand_body, gather_body
 from lowra.backends.triton.emit_inputs import rotate_body, shrink_body
 from lowra.backends.triton.emit_linear import linear_body, linear_reading
 from lowra.backends.triton.emit_values import values_body, values_reading
 from lowra.backends.triton.keys import (
     TERNARY_ID,
+    ExpandKey,
+    GatherKey,
     Key,
     LinearKey,
     RotateKey,
@@ -34,6 +37,8 @@ def emit(key: Key) -> str:
             look_up_source(panel.width, key.weight.own, "float16")
             for panel in key.weight.panels if not values_reading(key, panel.width).exact
         ]  # fmt: skip
+    if isinstance(key, GatherKey | ExpandKey):
+        parts.append(READ.strip())
     signature = "\n".join(f"    {name}," for name in arguments(key))
     parts.append(
         "@triton.jit\ndef kernel(\n" + signature + "\n):\n" + "\n".join(indented(_body(key)))
@@ -51,6 +56,10 @@ def _body(key: Key) -> list[str]:
             return shrink_body(key)
         case RotateKey():
             return rotate_body(key)
+        case GatherKey():
+            return gather_body(key)
+        case ExpandKey():
+            return expand_body(key)
 
 
 def arguments(key: Key) -> list[str]:
@@ -61,6 +70,11 @@ def arguments(key: Key) -> list[str]:
         return ["x", "signs", "out", "k"]
     if isinstance(key, ShrinkKey):
         return ["x", "lora_a", "partial", "counters", "hidden", "m", "k", "rank"]
+    if isinstance(key, GatherKey):
+        return ["x", *PAGES, "slots", "hidden", "m", "k", "places", "rank"]
+    if isinstance(key, ExpandKey):
+        given = ["scalings", "slots", "weights", "hidden"]
+        return ["y", "out", *PAGES, *given, "m", "n", "place", "places", "rank", "parts"]
     tensors = [
         *(["bias"] if key.bias else []), *(["hidden", "lora_b"] if key.rank else []),
         *(["partial", "counters"] if key.split else []),

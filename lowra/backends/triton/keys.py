@@ -147,7 +147,38 @@ class RotateKey:
         return f"{way}-{self.target.name}-{self.dtype}-{self.block}w{self.warps}"
 
 
-Key = LinearKey | ValuesKey | ShrinkKey | RotateKey
+@dataclass(frozen=True)
+class GatherKey:
+    """h = A x of adapters in pages, by token and place; see emit_adapters.py."""
+
+    target: Target
+    dtype: str
+    blocks: Blocks
+
+    @property
+    def name(self) -> str:
+        return _of_adapters("gather", self.target, self.dtype, self.blocks)
+
+
+@dataclass(frozen=True)
+class ExpandKey:
+    """y changed by what follows h, for the adapters of one place; `out` is of `out_dtype`."""
+
+    target: Target
+    dtype: str
+    out_dtype: str
+    blocks: Blocks
+
+    @property
+    def name(self) -> str:
+        return _of_adapters(f"expand-{self.out_dtype}", self.target, self.dtype, self.blocks)
+
+
+def _of_adapters(what: str, target: Target, dtype: str, blocks: Blocks) -> str:
+    return f"{what}-{target.name}-{dtype}-{blocks.tokens}w{blocks.warps}s{blocks.stages}"
+
+
+Key = LinearKey | ValuesKey | ShrinkKey | RotateKey | GatherKey | ExpandKey
 
 
 def weight_key(panels: list[int], k: int, group: int, own: bool, permuted: bool) -> WeightKey:

@@ -13,11 +13,13 @@ from typing import Any
 
 from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
-from lowra.backends.triton.keys import Key, ShrinkKey
+from lowra.backends.triton.keys import ExpandKey, GatherKey, Key, ShrinkKey
 
 POINTERS = {
     "codes": "*i32", "code_bytes": "*u8", "books": "*fp16", "scales": "*fp16", "order": "*i32",
-    "tiles": "*i32", "partial": "*fp32", "counters": "*i32", "signs": "*fp32",
+    "tiles": "*i32", "partial": "*fp32", "counters": "*i32", "signs": "*fp32", "pages": "*i32",
+    "page_bytes": "*u8", "halves": "*fp16", "brains": "*bf16", "floats": "*fp32", "tables": "*fp32",
+    "chunks": "*i32", "bounds": "*i32", "scalings": "*fp32", "slots": "*i32", "weights": "*fp32",
 }  # fmt: skip
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 ALIGNED_NUMBERS = ("n", "k", "first_column", "last_column")
@@ -61,8 +63,12 @@ def _triton(module: str = "") -> Any:
 def _type(name: str, key: Key) -> str:
     if name == "scaling":
         return "fp32"
-    if name in ("m", "rank", *ALIGNED_NUMBERS):
+    if name in ("m", "rank", "place", "places", "parts", *ALIGNED_NUMBERS):
         return "i32"
+    if name == "hidden" and isinstance(key, GatherKey | ExpandKey):
+        return "*fp32"
+    if name == "out" and isinstance(key, ExpandKey):
+        return f"*{SHORT[key.out_dtype]}"
     if name == "lora_a" and isinstance(key, ShrinkKey):
         return f"*{SHORT[key.factor_dtype]}"
     return POINTERS.get(name, f"*{SHORT[key.dtype]}")

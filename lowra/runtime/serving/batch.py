@@ -92,7 +92,7 @@ class Batch:
 class SiteMix:
     """What one layer does while a batch is served: its own product, then the adapters' changes.
 
-    chunks, bounds, scalings: as in adapter_ops.py, slot by slot. rescales: whether an adapter
+    chunks, bounds, scalings, rank: as in adapter_ops.py, slot by slot. rescales: whether an adapter
     multiplies the base's product, which the bias is no part of.
     """
 
@@ -102,6 +102,7 @@ class SiteMix:
     chunks: Tensor
     bounds: Tensor
     scalings: Tensor
+    rank: int
     rescales: bool
 
     def __call__(
@@ -115,7 +116,7 @@ class SiteMix:
         if len(self.chunks):
             y = torch.ops.lowra.apply_adapters(
                 y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.pages, self.chunks,
-                self.bounds, self.scalings, entries.slots, entries.weights,
+                self.bounds, self.scalings, entries.slots, entries.weights, self.rank,
             ).view(y.shape)  # fmt: skip
         return y if bias is None or inside is not None else y + bias.to(y.dtype)
 

@@ -225,10 +225,10 @@ class AdapterPool:
             return
         device = self._residents.words.device
         for name, layer in self._layers.items():
-            *tables, rescales = self._residents.tables(batch.names, name)
+            *tables, rank, rescales = self._residents.tables(batch.names, name)
             chunks, bounds, scalings = (table.to(device) for table in tables)
             words = self._residents.words
-            layer.served = SiteMix(name, batch, words, chunks, bounds, scalings, rescales)
+            layer.served = SiteMix(name, batch, words, chunks, bounds, scalings, rank, rescales)
 
     # --- memory -------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowra.compiler.adapter_delta import AdapterDelta, Basis, Shared, SiteDelta, runs_of
-from lowra.compiler.adapter_pages import CHUNK, POST
+from lowra.compiler.adapter_pages import CHUNK, POST, largest_rank
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.serving.pages import Image, Memory, lay_out
 
@@ -204,8 +204,8 @@ class Residents:
         if not self._bases[id].needed:
             self._memory.give_back(self._bases.pop(id).ids)
 
-    def tables(self, names: Sequence[str], site: str) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """chunks, bounds, scalings of `apply_adapters` for a layer, and whether one rescales."""
+    def tables(self, names: Sequence[str], site: str) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+        """chunks, bounds, scalings, rank of `apply_adapters` for a layer; whether one rescales."""
         chunks, bounds, scalings = (
             [torch.zeros(0, len(CHUNK), dtype=torch.int32)],
             [0],
@@ -219,7 +219,8 @@ class Residents:
             scalings.append(scaling)
             rescales |= post
         edges = torch.tensor(bounds, dtype=torch.int32)
-        return torch.cat(chunks), edges, torch.tensor(scalings), rescales
+        found = torch.cat(chunks)
+        return found, edges, torch.tensor(scalings), largest_rank(found), rescales
 
 
 def _basis_image(basis: Basis, size: int) -> Image:
