@@ -187,7 +187,6 @@ def test_globs_and_regular_expressions_choose_sites() -> None:
         ]
 
 
-@pytest.mark.xfail(reason="a Skipped names the weight; patterns are matched on the module's name")
 def test_the_name_that_a_skipped_weight_is_listed_by_can_be_included() -> None:
     """A tied head is listed as model.embed_tokens.weight, with the advice to include it."""
     model = models.tiny_llama(tied=True, layers=1)

@@ -37,9 +37,8 @@ class NormalizeLinears(Pass):
     ignore: tuple[str, ...] = ()
 
     def run(self, program: Program) -> Program:
-        names = [site_name(weight) for weight in program.weights]
-        included = select(names, self.include, "include")
-        ignored = select(names, self.ignore, "ignore")
+        included = _selected(program, self.include, "include")
+        ignored = _selected(program, self.ignore, "ignore")
         uses = _linear_uses(program)
         sites: list[Site] = []
         skipped: list[Skipped] = []
@@ -60,6 +59,17 @@ def site_name(weight: Weight) -> str:
     """The name users know a weight by: its first linear module, else its qualified name."""
     modules = weight.modules("linear", "conv1d")
     return modules[0] if modules else weight.name.removesuffix(".weight")
+
+
+def _selected(program: Program, patterns: tuple[str, ...], option: str) -> set[str]:
+    """Site names of the weights that a pattern matches, by that name or by the weight's own: a
+    skipped weight is listed under that."""
+    names = {name: site_name(weight) for weight in program.weights for name in _names(weight)}
+    return {names[found] for found in select(names, patterns, option)}
+
+
+def _names(weight: Weight) -> tuple[str, str]:
+    return site_name(weight), weight.name
 
 
 def _nothing_left(skipped: list[Skipped]) -> str:

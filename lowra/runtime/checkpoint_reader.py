@@ -37,7 +37,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     folder = Path(path)
     manifest = read_manifest(folder)
     tensors = stored_tensors(folder)
-    check_sums(folder, tensors, manifest["checksums"])
+    check_sums(folder, tensors, manifest)
     try:
         model = _skeleton(folder, manifest) if model is None else model
         sites = _place_sites(model, manifest["sites"], tensors)

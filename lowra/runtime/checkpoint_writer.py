@@ -28,6 +28,7 @@ from lowra.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     checksum,
+    header_checksums,
     manifest_checksum,
     stored_tensors,
 )
@@ -112,6 +113,7 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
         "sites": sites,
         "buffers": _unstored_buffers(model),
         "checksums": {name: checksum(t) for name, t in sorted(stored_tensors(folder).items())},
+        "headers": header_checksums(folder),
     }
     manifest["checksum"] = manifest_checksum(manifest)
     _write_json(folder / MANIFEST, manifest)

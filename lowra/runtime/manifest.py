@@ -36,6 +36,17 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(head.encode() + data.tobytes()).hexdigest()
 
 
+def header_checksums(folder: Path) -> dict[str, str]:
+    """sha256 of the header of every safetensors file, its length in front included."""
+    sums: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            length = opened.read(8)
+            header = opened.read(int.from_bytes(length, "little"))
+        sums[file.name] = hashlib.sha256(length + header).hexdigest()
+    return sums
+
+
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of every safetensors file. Raises CheckpointError for a damaged file."""
     tensors: dict[str, Tensor] = {}
@@ -78,8 +89,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_sums(folder: Path, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless `tensors` are exactly those of `sums`, unchanged."""
+def check_sums(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless `tensors` and the headers of their files are exactly those of
+    the manifest, unchanged."""
+    sums: Mapping[str, str] = manifest["checksums"]
     missing = sorted(set(sums) - set(tensors))
     extra = sorted(set(tensors) - set(sums))
     if missing or extra:
@@ -89,5 +102,12 @@ def check_sums(folder: Path, tensors: Mapping[str, Tensor], sums: Mapping[str, s
         if checksum(tensor) != sums[name]:
             raise CheckpointError(
                 f"{folder}: tensor {name} differs from its checksum; "
+                "the file was damaged or edited, fetch or write the checkpoint again"
+            )
+    headers = header_checksums(folder)
+    for file, wanted in manifest.get("headers", {}).items():
+        if headers.get(file) != wanted:
+            raise CheckpointError(
+                f"{folder / file}: its header differs from its checksum; "
                 "the file was damaged or edited, fetch or write the checkpoint again"
             )
