@@ -146,9 +146,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return load_checkpoint(path, model)
 
 
-def export(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the compressed graph as a torch.export archive; it runs without transformers."""
-    return export_program(model, path, overwrite=overwrite)
+def export(
+    model: nn.Module, path: str | Path, *, overwrite: bool = False,
+    example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+) -> Path:  # fmt: skip
+    """Write the compressed graph as a torch.export archive; it runs without transformers.
+
+    `example` as in `compile`, for a model that was loaded and is no text model of transformers.
+    """
+    return export_program(model, path, overwrite=overwrite, example=example)
 
 
 def merge_adapter(

@@ -7,26 +7,29 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowra.compiler.capture import dynamic_axes
+from lowra.compiler.capture import Inputs, dynamic_axes
 from lowra.compiler.errors import OutputError
 from lowra.runtime.session import program_of
 
 
-def export_program(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
+def export_program(
+    model: nn.Module, path: str | Path, *, overwrite: bool = False,
+    example: Inputs | tuple[Tensor, ...] | None = None,
+) -> Path:  # fmt: skip
     """Write the compressed program of `model` as a torch.export archive.
 
     `torch.export.load(path).module()` runs it; it needs `import lowra` for the ops and nothing of
-    transformers. Raises OutputError when the file exists, is no .pt2, or cannot be written;
-    CaptureError when the model has no graph.
+    transformers. `example` as for a Session. Raises OutputError when the file exists, is no .pt2 or
+    cannot be written; CaptureError when the model has no graph.
     """
     target = Path(path)
     if target.suffix != ".pt2":
         raise OutputError(f"{target}: only .pt2 archives can be written; end the name in .pt2")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; choose another name, or overwrite it")
-    program = program_of(model)
+    program = program_of(model, example)
     dynamic = tuple(dynamic_axes(tensor) for tensor in program.example)
     with torch.no_grad():
         exported = torch.export.export(

@@ -8,24 +8,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowra.compiler.capture import capture
+from lowra.compiler.capture import Inputs, capture
 from lowra.compiler.errors import CaptureError
 from lowra.compiler.program import Program
 from lowra.runtime.checkpoint_reader import load_checkpoint
 from lowra.runtime.compiled import compiled
 
 
-def program_of(model: nn.Module) -> Program:
-    """The compressed program of a compiled model; captured again for a loaded one.
+def program_of(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = None) -> Program:
+    """The compressed program of a compiled model; captured again for a loaded one, which needs an
+    `example` (as in `lowra.compile`) where it is no text model of transformers.
 
     Raises CaptureError when the model has no dataflow graph.
     """
     info = compiled(model)
     program = None if info is None else info.program
-    program = capture(model) if program is None else _with_tensors_of(model, program)
-    if program.graph is None:
-        raise CaptureError(f"{type(model).__name__} has no graph to run: {program.warning}")
-    return program
+    program = capture(model, example) if program is None else _with_tensors_of(model, program)
+    if program.graph is not None:
+        return program
+    loaded = info is not None and info.program is None and example is None
+    way_out = "; checkpoints keep no inputs: pass example=" if loaded else ""
+    raise CaptureError(f"{type(model).__name__} has no graph to run: {program.warning}{way_out}")
 
 
 def _with_tensors_of(model: nn.Module, program: Program) -> Program:
@@ -40,13 +43,18 @@ def _with_tensors_of(model: nn.Module, program: Program) -> Program:
 class Session:
     """Calls the program view of a compiled model, or of a checkpoint folder.
 
-    It shares the model's tensors as long as they are updated in place, as optimizers do.
+    It shares the model's tensors as long as they are updated in place, as optimizers do. `example`:
+    inputs by name or in order, as in `lowra.compile`, for a model that was loaded and is no text
+    model of transformers.
     """
 
-    def __init__(self, model: nn.Module | str | Path) -> None:
+    def __init__(
+        self, model: nn.Module | str | Path,
+        example: Inputs | tuple[Tensor, ...] | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             model = load_checkpoint(model)
-        self.program = program_of(model)
+        self.program = program_of(model, example)
         self.module = self.program.module()
 
     @torch.no_grad()

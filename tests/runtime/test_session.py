@@ -175,9 +175,16 @@ def test_the_views_agree_on_a_compressed_tied_head() -> None:
     )
 
 
-@pytest.mark.xfail(reason="a checkpoint keeps no example inputs, so a plain module loses its graph")
-def test_a_session_of_a_loaded_plain_module_runs(stack_folder: Path) -> None:
+def test_a_loaded_plain_module_runs_and_exports_with_an_example(
+    stack_folder: Path, tmp_path: Path
+) -> None:
     case = compiled_stack()
     loaded: Any = lowra.load(stack_folder, stack())
     x = case.inputs["x"]
-    torch.testing.assert_close(lowra.Session(loaded)(x), output(loaded, {"x": x}))
+    want = output(loaded, {"x": x})
+    for example in ({"x": x}, (x,)):
+        torch.testing.assert_close(lowra.Session(loaded, example)(x), want)
+    file = lowra.export(loaded, tmp_path / "stack.pt2", example={"x": x})
+    torch.testing.assert_close(torch.export.load(file).module()(x), want)
+    with pytest.raises(CaptureError, match="pass example="):
+        lowra.Session(loaded)
