@@ -127,8 +127,14 @@ def _layer(site: nn.Linear, kind: str, width: str) -> nn.Module:
         layer = QuantizedLinear(random_weight(n, k, float(width)), None, torch.bfloat16)
         layer.set_adapter(a, b, 1.0)
         return layer
+    return nf4_layer(site)
+
+
+def nf4_layer(site: nn.Linear) -> nn.Module:
+    """bitsandbytes' layer with NF4 weights, their scales quantised too."""
     import bitsandbytes
 
+    n, k = site.weight.shape
     layer = bitsandbytes.nn.Linear4bit(
         k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
     )

@@ -38,7 +38,8 @@ def whole_model(dense: nn.Module, compressed: nn.Module, seconds: float) -> Row:
     text = ids.reshape(1, -1).repeat(1, EVALUATED // ids.numel())
     evaluated = alternate({name: _evaluation(m, text) for name, m in models.items()}, seconds)
     steps = alternate(
-        {"compressed": _step(compressed, ids), "dense": _step(with_peft(dense), ids)}, seconds
+        {"compressed": lora_step(compressed, ids), "dense": lora_step(with_peft(dense), ids)},
+        seconds,
     )
     return {
         "tokens_per_second": written, "generate_ratio": written["compressed"] / written["dense"],
@@ -66,7 +67,7 @@ def _evaluation(model: nn.Module, ids: Tensor) -> Callable[[int], object]:
     return evaluate
 
 
-def _step(model: nn.Module, ids: Tensor) -> Callable[[int], object]:
+def lora_step(model: nn.Module, ids: Tensor) -> Callable[[int], object]:
     """One training step of what requires grad."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)

@@ -108,7 +108,7 @@ def _write(
 ) -> Tensor:
     """Continue `ids` [rows, 1] to [rows, context]."""
     output = model(input_ids=ids, use_cache=True)
-    argument = _cache_argument(model)
+    argument = cache_argument(model)
     cache = getattr(output, argument, None)
     if cache is None:
         name = type(model).__name__
@@ -126,7 +126,7 @@ def _write(
     return torch.cat(written, dim=1)
 
 
-def _cache_argument(model: Any) -> str:
+def cache_argument(model: Any) -> str:
     """What `model` calls its key-value cache: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
