@@ -42,11 +42,20 @@ SWEPT = (
 Row = dict[str, Any]
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+def bandwidths() -> dict[str, float]:
+    """GB/s that large tensors are copied at (read and written), and summed at (read only): what
+    reads packed weights and writes little is to be measured by the second."""
+    source = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     to = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of({"copy": (lambda _: to.copy_(source), 4)})["copy"]
+    size = source.numel() * source.element_size()
+    runs: dict[str, tuple[Run, int]] = {
+        "copy": (lambda _: to.copy_(source), 4), "read": (lambda _: source.sum(), 4),
+    }  # fmt: skip
+    seconds = seconds_of(runs)
+    return {
+        "copy_gb_per_s": 2 * size / seconds["copy"] / 1e9,
+        "read_gb_per_s": size / seconds["read"] / 1e9,
+    }
 
 
 def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[Row]:
@@ -103,8 +112,8 @@ def main() -> None:
     sweep = parser.parse_args().sweep
     os.environ[service.SWITCH] = "on"
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "rows": [], "sweep": []}
-    found["copy_gb_per_s"] = copy_bandwidth() / 1e9
-    print(found["gpu"], f"copy {found['copy_gb_per_s']:.0f} GB/s", flush=True)
+    found |= bandwidths()
+    print(found["gpu"], *(f"{n} {found[n]:.0f}" for n in found if "per_s" in n), flush=True)
     with torch.no_grad():
         for case in SHAPES:
             for row in measured(*case):

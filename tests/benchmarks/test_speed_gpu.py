@@ -20,14 +20,14 @@ def test_rows_and_sweep_are_written_and_the_best_blocks_printed(
     swept = [{"choice": "a", "us": 7.0}, {"choice": "b", "error": "no"}, {"choice": "c", "us": 5.0}]
     monkeypatch.setattr("sys.argv", ["gpu", "--sweep"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(gpu, "bandwidths", lambda: {"read_gb_per_s": 1000.0})
     monkeypatch.setattr(gpu, "measured", lambda *case: iter([{"case": case[0], "ratio": 1.5}]))
     monkeypatch.setattr(gpu, "swept", lambda *case: iter(swept))
     monkeypatch.setattr(gpu, "write_results", lambda name, data: written.update({name: data}))
     monkeypatch.setenv(gpu.service.SWITCH, "on")
     gpu.main()
     found = written["speed_gpu"]
-    assert len(found["rows"]) == len(gpu.SHAPES) and found["copy_gb_per_s"] == 1000
+    assert len(found["rows"]) == len(gpu.SHAPES) and found["read_gb_per_s"] == 1000
     assert found["sweep"] == swept * len(gpu.SWEPT)
     text = capsys.readouterr().out
     assert text.index("(5.0, 'c')") < text.index("(7.0, 'a')") < text.index("(inf, 'b')")
