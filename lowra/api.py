@@ -30,6 +30,7 @@ from lowra.runtime.module_view import build_module_view
 from lowra.runtime.training import attach
 from lowra.workflows.calibration_batches import calibrated
 from lowra.workflows.models import load_model
+from lowra.workflows.placement import on_cpu, put_like
 from lowra.workflows.plan_file import check_plan, has_widths, read_plan, with_planned
 from lowra.workflows.planning import Plan, check_budget, kept_bytes, make_plan
 from lowra.workflows.report import make_report
@@ -55,6 +56,9 @@ def compile(
 ) -> M:
     """Compress a model's linears and return a model of the same class; `model` is left as it was.
 
+    Compiling works on the CPU: a model on another device is copied there, writes its own
+    calibration text where it is, and the result is put beside it.
+
     Parameters: `recipe`, or its fields as keywords (`bit_budget=1.5`); `calibration`, texts, a
     .txt path or token ids int64 [windows, length] (for a model that takes no tokens: tuples of its
     input tensors), by default text that the model writes itself, seeded, or none where it cannot;
@@ -71,8 +75,9 @@ def compile(
     _require_dense(model)
     _require_weights(model)
     begun = time.perf_counter()
+    work = on_cpu(model)
     with record_stages() as stages, torch.no_grad():
-        program = _captured(model, recipe, example)
+        program = _captured(work, recipe, example)
         check_budget(program, recipe)
         replay = planned is not None and has_widths(planned)
         if planned is not None:
@@ -82,11 +87,11 @@ def compile(
             _refuse_siblings(program, recipe)
         program = _with_data(program, model, recipe, calibration, tokenizer, work_dir)
         program = run_pipeline(program, recipe.passes(replay)[1:])
-        view = build_module_view(model, program)
+        view = put_like(build_module_view(work, program), model)
     report = make_report(program, stages, time.perf_counter() - begun)
     # The statistics are not needed any more: a temporary spill folder goes with this object.
     program = replace(program, calibration=(), held_out=(), spill=Spill.closed(), source=None)
-    plan_data = make_plan(program, recipe, kept_bytes(model, program)).to_dict()
+    plan_data = make_plan(program, recipe, kept_bytes(work, program)).to_dict()
     info = Compiled(
         program.sites, program.fingerprint, recipe.to_dict(), plan_data, report, program
     )
@@ -234,8 +239,9 @@ def _measured_plan(
     """The plan after the passes of a compile that choose widths."""
     _require_weights(model)
     begun = time.perf_counter()
+    work = on_cpu(model)
     with record_stages() as stages, torch.no_grad():
-        program = _captured(model, recipe, example)
+        program = _captured(work, recipe, example)
         check_budget(program, recipe)
         _refuse_siblings(program, recipe)
         program = _with_data(program, model, recipe, calibration, tokenizer, work_dir)
@@ -244,7 +250,7 @@ def _measured_plan(
             step.require(program)  # also of those that only a compile runs
         program = run_pipeline(program, tuple(takewhile(_chooses, passes)))
     seconds = {**stages, "total": time.perf_counter() - begun}
-    return make_plan(program, recipe, kept_bytes(model, program), seconds)
+    return make_plan(program, recipe, kept_bytes(work, program), seconds)
 
 
 def _refuse_siblings(program: Program, recipe: Recipe) -> None:

@@ -72,7 +72,7 @@ def capture(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = None
     weights = find_weights(model)
     tensors = dict(_named_tensors(model))
     fingerprint = fingerprint_of(tensors)
-    inputs = example_inputs(model) if example is None else example
+    inputs = _beside(tensors, example_inputs(model) if example is None else example)
     graph, names, warning = None, (), "no example inputs to trace with"
     if not fingerprint:
         inputs, warning = None, "planned from shapes alone, nothing is traced"
@@ -103,6 +103,18 @@ def _try_export(
     except Exception as error:  # torch.export raises anything
         reason = f"torch.export failed with {type(error).__name__}: {error}".splitlines()[0]
         return None, names, reason
+
+
+def _beside(
+    tensors: Mapping[str, Tensor], inputs: Inputs | tuple[Tensor, ...] | None
+) -> Inputs | tuple[Tensor, ...] | None:
+    """Inputs on the device of the model's first tensor."""
+    first = next(iter(tensors.values()), None)
+    if first is None or inputs is None:
+        return inputs
+    if isinstance(inputs, Mapping):
+        return {name: tensor.to(first.device) for name, tensor in inputs.items()}
+    return tuple(tensor.to(first.device) for tensor in inputs)
 
 
 def _values(inputs: Inputs | tuple[Tensor, ...]) -> Iterator[Tensor]:

@@ -52,9 +52,13 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self.set_adapter(a.to(dtype), b.to(dtype), scaling)
 
     def set_adapter(self, a: Tensor, b: Tensor, scaling: float) -> None:
-        """Compute with these factors from now on, in their own dtype: A [r, k] and B [n, r]."""
-        self.lora_A = nn.Parameter(a.detach().contiguous())
-        self.lora_B = nn.Parameter(b.detach().contiguous())
+        """Compute with these factors from now on, in their own dtype: A [r, k] and B [n, r].
+
+        They go where the codes are.
+        """
+        device = self.codes.device
+        self.lora_A = nn.Parameter(a.detach().to(device).contiguous())
+        self.lora_B = nn.Parameter(b.detach().to(device).contiguous())
         self.scaling = scaling
 
     def drop_adapter(self) -> None:

@@ -23,12 +23,25 @@ def program_of(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = N
     """
     info = compiled(model)
     program = None if info is None else info.program
+    if program is not None and _moved(model, program):
+        known = dict(zip(program.inputs, program.example, strict=True))
+        program, example = None, example or known or None
     program = capture(model, example) if program is None else _with_tensors_of(model, program)
     if program.graph is not None:
         return program
     loaded = info is not None and info.program is None and example is None
     way_out = "; checkpoints keep no inputs: pass example=" if loaded else ""
     raise CaptureError(f"{type(model).__name__} has no graph to run: {program.warning}{way_out}")
+
+
+def _moved(model: nn.Module, program: Program) -> bool:
+    """Whether the model has gone to another device since the program was made: its graph may name
+    the old one."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return any(
+        name in named and named[name].device != tensor.device
+        for name, tensor in program.tensors.items()
+    )
 
 
 def _with_tensors_of(model: nn.Module, program: Program) -> Program:

@@ -104,4 +104,4 @@ def _plain_batches(program: Program, calibration: Any) -> tuple[tuple[Tensor, ..
                     f"a calibration tensor is {got.dtype} {list(got.shape)}; the model was traced "
                     f"with {like.dtype} {list(like.shape)}, whose last axis must agree"
                 )
-    return tuple(batches)
+    return tuple(tuple(tensor.cpu() for tensor in batch) for batch in batches)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-import lowra  # noqa: F401 - registers backends
+import lowra
 from lowra.backends.triton import service, tuning
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
+from tests import models
 from tests.backends.test_adapter_ops import batch, expected, held
 from tests.backends.test_cpu_product import Shape, packed_of
 from tests.compiler.deltas import FORMATS, Drawn, site_of
@@ -102,3 +105,16 @@ def test_what_tuning_finds_is_kept_and_gives_the_same_product() -> None:
         y = torch.ops.lowra.quantized_linear(x.cuda(), *arguments_, None)
         want = x.double() @ dense.T
         assert float((y.cpu().double() - want).norm() / want.norm()) < 1e-2
+
+
+def test_a_model_on_a_device_is_compiled_and_used_there() -> None:
+    model = models.tiny_llama(layers=2).cuda()
+    small = lowra.compile(model, bit_budget=100, calibration_tokens=512, context=64)
+    assert {p.device.type for p in (*small.parameters(), *small.buffers())} == {"cuda"}
+    ids = torch.arange(12, device="cuda").view(2, 6)
+    want = copy.deepcopy(small).cpu()(input_ids=ids.cpu()).logits
+    got = small(input_ids=ids).logits
+    assert float((got.cpu() - want).norm() / want.norm()) < 1e-3
+    assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 10)
+    session = lowra.Session(small)
+    assert float((session(input_ids=ids) - got).norm() / got.norm()) < 1e-3
