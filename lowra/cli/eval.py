@@ -10,6 +10,7 @@ import typer
 
 from lowra.cli.options import (
     ActivationsOption,
+    DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -18,10 +19,11 @@ from lowra.cli.options import (
     read_text,
     reading,
 )
-from lowra.cli.sources import load_source, require_tokenizer
+from lowra.cli.sources import device_of, load_source, require_tokenizer
 from lowra.cli.tables import print_facts
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from torch import nn
 
@@ -45,6 +47,7 @@ def eval_model(
     ] = True,
     dtype: DtypeOption = Dtype.bfloat16,
     activations: ActivationsOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -52,15 +55,17 @@ def eval_model(
     from lowra.compiler.progress import show_progress
     from lowra.workflows.evaluate import held_out_english
 
+    place = device_of(device)
     words = held_out_english() if text is None else read_text(text)
     with show_progress(), reading(activations):
-        result = _evaluate(model, reference, words, windows, context, adapters, dtype)
+        result = _evaluate(model, reference, words, windows, context, adapters, dtype, place)
     data = {
         "model": model,
         "reference": reference,
         "text": "Python's language reference" if text is None else str(text),
         "adapters": adapters,
         "activations": None if activations is None else activations.value,
+        "device": str(place),
         **result.to_dict(),
     }
     ctx.obj.show(data, lambda console: _render(console, data))
@@ -68,7 +73,7 @@ def eval_model(
 
 def _evaluate(
     source: str, reference: str | None, text: str, count: int, context: int, adapters: bool,
-    dtype: Dtype,
+    dtype: Dtype, place: torch.device,
 ) -> Evaluation:  # fmt: skip
     from lowra.workflows.evaluate import evaluate
     from lowra.workflows.evaluate import windows as cut
@@ -77,9 +82,9 @@ def _evaluate(
     _check_positions(model, context)
     without = nullcontext() if adapters else _without_adapters(model, source)
     tokens = cut(text, require_tokenizer(tokenizer, source), count=count, context=context)
-    original = None if reference is None else load_source(reference, dtype)[0]
+    original = None if reference is None else load_source(reference, dtype)[0].to(place)
     with without:
-        return evaluate(model, tokens, reference=original)
+        return evaluate(model.to(place), tokens, reference=original)
 
 
 def _check_positions(model: nn.Module, context: int) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from lowra.cli.options import (
     ActivationsOption,
+    DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -17,7 +18,7 @@ from lowra.cli.options import (
     VerboseOption,
     reading,
 )
-from lowra.cli.sources import load_source, require_tokenizer
+from lowra.cli.sources import device_of, load_source, require_tokenizer
 
 
 def generate_text(
@@ -35,6 +36,7 @@ def generate_text(
     seed: Annotated[int, typer.Option(help="Of what --sample draws.")] = 0,
     dtype: DtypeOption = Dtype.bfloat16,
     activations: ActivationsOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -46,17 +48,19 @@ def generate_text(
     from lowra.workflows import evaluate
     from lowra.workflows.with_adapter import with_adapter
 
+    place = device_of(device)
     with show_progress(), reading(activations):
         loaded, tokenizer = load_source(model, dtype)
         tokenizer = require_tokenizer(tokenizer, model)
         if not evaluate.tokenise(prompt, tokenizer):
             raise LowraError("the prompt has no tokens: give at least one word")
+        loaded = loaded.to(place)
         torch.manual_seed(seed)
         served = nullcontext() if adapter is None else with_adapter(loaded, adapter.expanduser())
         with served, stage("generate", None):
             text = evaluate.sample(loaded, tokenizer, prompt, tokens=tokens, greedy=not sample)
     data = {
         "model": model, "adapter": None if adapter is None else str(adapter), "prompt": prompt,
-        "text": text, "sampled": sample, "seed": seed,
+        "text": text, "sampled": sample, "seed": seed, "device": str(place),
     }  # fmt: skip
     ctx.obj.show(data, lambda console: console.print(prompt + text, soft_wrap=True))

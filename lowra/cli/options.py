@@ -112,6 +112,10 @@ ActivationsOption = Annotated[
         "tokens and loses a little. [int16]"
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1. [a GPU if there is one]"),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 # The group reads these two before it parses anything; see lowra.cli.errors.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]

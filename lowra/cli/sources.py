@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lowra.cli.options import Dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -19,6 +20,28 @@ def load_source(source: str, dtype: Dtype = Dtype.bfloat16) -> tuple[nn.Module, 
 
     with stage(f"load {source}", None):
         return load_model(source, dtype=getattr(torch, dtype.value))
+
+
+def device_of(wanted: str | None) -> torch.device:
+    """The device that people name; a GPU where they name none and there is one.
+
+    Raises LowraError for one that torch does not know, or that is not there.
+    """
+    import torch
+
+    from lowra.compiler.errors import LowraError
+
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0][:200]
+        raise LowraError(f"device {wanted!r} cannot be used ({first}): try cpu") from error
+    if device.type == "meta":
+        raise LowraError("device 'meta' holds no values: try cpu")
+    return device
 
 
 def load_shapes(source: str, dtype: Dtype) -> nn.Module:

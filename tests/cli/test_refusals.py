@@ -101,6 +101,12 @@ def test_a_gpu_that_is_unknown_names_those_there_are(refused, checkpoint):
     refused(2, "sm90", "inspect", checkpoint, "--kernels", "--target", "sm9")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(refused, checkpoint, device):
+    for command in (["eval", checkpoint], ["generate", checkpoint, "The"]):
+        refused(1, f"device '{device}'", *command, "--device", device)
+
+
 def test_a_width_that_does_not_exist(refused):
     refused(2, "width 5", "plan", "m", "--bits", 2, "--pin", "*=5")
 
