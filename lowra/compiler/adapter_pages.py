@@ -56,7 +56,8 @@ class Run:
     torch's, and an adapter has a thousand runs.
 
     planes: int32 [rows, words] each, the words of a row one plane after another. scales: float16
-    [rows, groups]; zeros: uint8 [rows, groups]; both None for dense rows.
+    [rows, groups]; None for dense rows. zeros: uint8, the zero points [rows, groups] at their width
+    as `pack_bits` makes them; None where there are none.
     """
 
     format: int
@@ -71,11 +72,19 @@ class Run:
         return self.planes[0].shape[0]
 
     def part(self, start: int, stop: int) -> Run:
-        """Some of the rows; views."""
+        """Some of the rows; views, but for zero points."""
+        if start == 0 and stop == self.rows:
+            return self
         scales = None if self.scales is None else self.scales[start:stop]
-        zeros = None if self.zeros is None else self.zeros[start:stop]
+        zeros = None if self.zeros is None else self._zeros(start, stop)
         planes = tuple(plane[start:stop] for plane in self.planes)
         return Run(self.format, self.columns, self.group, planes, scales, zeros)
+
+    def _zeros(self, start: int, stop: int) -> NDArray[np.uint8]:
+        assert self.zeros is not None and self.scales is not None
+        groups, width = self.scales.shape[1], self.format - ZERO_POINTS
+        points = unpack_bits(torch.from_numpy(self.zeros), self.rows * groups, width)
+        return pack_bits(points[start * groups : stop * groups], width).numpy()
 
     def words(self) -> NDArray[np.int32]:
         """int32 [chunk_words]: the rows as a chunk."""
@@ -83,8 +92,7 @@ class Run:
         if self.scales is not None:
             parts.append(_words(self.scales.reshape(-1)))
         if self.zeros is not None:
-            zeros = torch.from_numpy(self.zeros.reshape(-1))
-            parts.append(_words(pack_bits(zeros, self.format - ZERO_POINTS).numpy()))
+            parts.append(_words(self.zeros))
         return np.concatenate(parts)
 
 
@@ -113,23 +121,20 @@ def dense_run(values: Tensor) -> Run:
 
 def packed_runs(factor: PackedFactor) -> Iterator[Run]:
     """The segments of a packed factor; views."""
-    start = {"codes": 0, "scales": 0, "zeros": 0}
-    whole = {role: getattr(factor, role).numpy() for role in start}
+    codes, scales, zeros = (t.numpy() for t in (factor.codes, factor.scales, factor.zeros))
     groups = scale_groups(factor.length, factor.group)
+    word = scale = byte = 0
     for segment in factor.segments:
-        sizes, part = segment.sizes(factor.length, factor.group), dict[str, NDArray[Any]]()
-        for role, size in sizes.items():
-            part[role] = whole[role][start[role] : start[role] + size]
-            start[role] += size
-        format, zeros = width_id(segment.width), None
-        planes = _planes(part["codes"], segment.rows, factor.length, format)
-        if sizes["zeros"]:
-            count = segment.rows * groups
-            bits = torch.from_numpy(part["zeros"])
-            zeros = unpack_bits(bits, count, int(segment.width)).numpy().reshape(-1, groups)
-            format += ZERO_POINTS
-        scales = part["scales"].reshape(segment.rows, groups)
-        yield Run(format, factor.length, factor.group, planes, scales, zeros)
+        sizes = segment.sizes(factor.length, factor.group)
+        next_word, next_scale = word + sizes["codes"], scale + sizes["scales"]
+        next_byte = byte + sizes["zeros"]
+        format, points = width_id(segment.width), None
+        planes = _planes(codes[word:next_word], segment.rows, factor.length, format)
+        if next_byte > byte:
+            format, points = format + ZERO_POINTS, zeros[byte:next_byte]
+        of_rows = scales[scale:next_scale].reshape(segment.rows, groups)
+        yield Run(format, factor.length, factor.group, planes, of_rows, points)
+        word, scale, byte = next_word, next_scale, next_byte
 
 
 def _planes(

@@ -62,6 +62,11 @@ def _sizes(segment: Segment, length: int, group: int) -> dict[str, int]:
     return {"codes": words, "scales": scales, "zeros": zeros}
 
 
+@functools.lru_cache(maxsize=4096)
+def _sizes_of_all(segments: tuple[Segment, ...], length: int, group: int) -> dict[str, int]:
+    return _total(segment.sizes(length, group) for segment in segments)
+
+
 @dataclass(frozen=True)
 class PackedFactor:
     """Directions [r, length] of one factor: A as it is, B transposed, so that rows are long.
@@ -79,19 +84,20 @@ class PackedFactor:
     zeros: Tensor
 
     def __post_init__(self) -> None:
-        where = f"a packed factor [{self.rank}, {self.length}]"
         if self.length < 1 or (self.group < 1 and self.group != ROW_SCALES) or not self.segments:
-            raise AdapterError(f"{where}: group {self.group}, {len(self.segments)} segments")
+            raise self._wrong(f"group {self.group}, {len(self.segments)} segments")
         for role, count in self.sizes().items():
-            tensor = getattr(self, role)
-            if tensor.dtype != DTYPES[role] or tuple(tensor.shape) != (count,):
-                raise AdapterError(
-                    f"{where}: {role} are {tensor.dtype} {list(tensor.shape)}, "
-                    f"not {DTYPES[role]} [{count}]"
+            tensor: Tensor = getattr(self, role)
+            if tensor.dtype != DTYPES[role] or tensor.shape != (count,):
+                raise self._wrong(
+                    f"{role} are {tensor.dtype} {list(tensor.shape)}, not {DTYPES[role]} [{count}]"
                 )
         low, high = torch.aminmax(self.scales)
         if not (low >= 0 and high < math.inf):  # false for NaN, too
-            raise AdapterError(f"{where}: a scale is negative or not finite")
+            raise self._wrong("a scale is negative or not finite")
+
+    def _wrong(self, what: str) -> AdapterError:
+        return AdapterError(f"a packed factor [{self.rank}, {self.length}]: {what}")
 
     @property
     def rank(self) -> int:
@@ -104,7 +110,7 @@ class PackedFactor:
 
     def sizes(self) -> dict[str, int]:
         """Elements of each stored tensor."""
-        return _total(segment.sizes(self.length, self.group) for segment in self.segments)
+        return _sizes_of_all(self.segments, self.length, self.group)
 
     def stored_bits(self) -> int:
         """8 x the bytes of every stored tensor."""
@@ -236,19 +242,20 @@ def split_tensors(
 
     Views, no copies. Raises AdapterError when the tensors hold more or less than the factors.
     """
-    whole = {role: tensors.get(role, torch.zeros(0, dtype=DTYPES[role])) for role in ROLES}
-    start, factors = dict.fromkeys(ROLES, 0), list[PackedFactor]()
-    for length, group, segments in shapes:
-        sizes = _total(segment.sizes(length, group) for segment in segments)
-        parts = {role: whole[role][start[role] : start[role] + sizes[role]] for role in ROLES}
-        factors.append(PackedFactor(length, group, segments, **parts))
-        start = {role: start[role] + sizes[role] for role in ROLES}
-    for role, tensor in whole.items():
-        if tensor.numel() != start[role]:
+    found, parts = [*shapes], dict[str, tuple[Tensor, ...]]()
+    sizes = [_sizes_of_all(segments, length, group) for length, group, segments in found]
+    for role in ROLES:
+        tensor = tensors.get(role, torch.zeros(0, dtype=DTYPES[role]))
+        counts = [size[role] for size in sizes]
+        if tensor.shape != (sum(counts),):
             raise AdapterError(
-                f"{role} hold {tensor.numel()} elements, the adapter's sites take {start[role]}"
+                f"{role} are {list(tensor.shape)}, the adapter's sites take [{sum(counts)}]"
             )
-    return factors
+        parts[role] = tensor.split(counts)
+    return [
+        PackedFactor(length, group, segments, *(parts[role][i] for role in ROLES))
+        for i, (length, group, segments) in enumerate(found)
+    ]
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

@@ -7,6 +7,7 @@ files. Nothing is unpickled.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -151,6 +152,7 @@ def _sites(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     )
 
 
+@functools.lru_cache(maxsize=4096)  # an adapter has hundreds of factors of a few kinds
 def _segments(text: str) -> tuple[Segment, ...]:
     """`4x3a,12x1` as segments."""
     found = [_SEGMENT.fullmatch(part) for part in text.split(",")]

@@ -109,7 +109,7 @@ def test_flat_tensors_come_apart_into_views_of_the_same_factors() -> None:
         assert torch.equal(before.dequantize(), after.dequantize())
         start = after.codes.data_ptr() - tensors["codes"].data_ptr()
         assert 0 <= start < 4 * tensors["codes"].numel()
-    with pytest.raises(AdapterError, match="codes hold"):
+    with pytest.raises(AdapterError, match="codes are"):
         split_tensors(tensors, [(f.length, f.group, f.segments) for f in factors[:-1]])
     with pytest.raises(AdapterError, match="codes are"):
         split_tensors(tensors, [(f.length + 64, f.group, f.segments) for f in factors])
