@@ -169,12 +169,6 @@ def read_chunk(pages: Tensor, line: Sequence[int]) -> Tensor:
     return (codes.float() - per_column(zeros.float(), columns, group)) * scale
 
 
-def largest_rank(chunks: Tensor) -> int:
-    """The most rows that an A of chunks [c, 7] has; 0 without."""
-    of_a = chunks[chunks[:, 0] == A]
-    return int(of_a[:, 1:3].sum(1).max()) if len(of_a) else 0
-
-
 def _words(values: NDArray[Any]) -> NDArray[np.int32]:
     """Values of 1 or 2 bytes as words, filled up with zeros."""
     whole = np.zeros(-(-values.nbytes // 4), dtype=np.int32)

@@ -84,17 +84,25 @@ class PackedFactor:
     zeros: Tensor
 
     def __post_init__(self) -> None:
-        if self.length < 1 or (self.group < 1 and self.group != ROW_SCALES) or not self.segments:
-            raise self._wrong(f"group {self.group}, {len(self.segments)} segments")
+        _require_layout(self.length, self.group, self.segments)
         for role, count in self.sizes().items():
             tensor: Tensor = getattr(self, role)
             if tensor.dtype != DTYPES[role] or tensor.shape != (count,):
                 raise self._wrong(
                     f"{role} are {tensor.dtype} {list(tensor.shape)}, not {DTYPES[role]} [{count}]"
                 )
-        low, high = torch.aminmax(self.scales)
-        if not (low >= 0 and high < math.inf):  # false for NaN, too
+        if not _are_scales(self.scales):
             raise self._wrong("a scale is negative or not finite")
+
+    @classmethod
+    def part(
+        cls, length: int, group: int, segments: tuple[Segment, ...], tensors: Sequence[Tensor]
+    ) -> PackedFactor:
+        """A factor of tensors, in the order of `ROLES`, that are known to be its own."""
+        made = object.__new__(cls)
+        fields = {"length": length, "group": group, "segments": segments}
+        made.__dict__.update(fields, **dict(zip(ROLES, tensors, strict=True)))
+        return made
 
     def _wrong(self, what: str) -> AdapterError:
         return AdapterError(f"a packed factor [{self.rank}, {self.length}]: {what}")
@@ -243,19 +251,40 @@ def split_tensors(
     Views, no copies. Raises AdapterError when the tensors hold more or less than the factors.
     """
     found, parts = [*shapes], dict[str, tuple[Tensor, ...]]()
+    for length, group, segments in found:
+        _require_layout(length, group, segments)
     sizes = [_sizes_of_all(segments, length, group) for length, group, segments in found]
     for role in ROLES:
         tensor = tensors.get(role, torch.zeros(0, dtype=DTYPES[role]))
+        if tensor.dtype != DTYPES[role]:
+            raise AdapterError(f"{role} are {tensor.dtype}, not {DTYPES[role]}")
         counts = [size[role] for size in sizes]
         if tensor.shape != (sum(counts),):
             raise AdapterError(
                 f"{role} are {list(tensor.shape)}, the adapter's sites take [{sum(counts)}]"
             )
         parts[role] = tensor.split(counts)
+    if "scales" in tensors and not _are_scales(tensors["scales"]):
+        raise AdapterError("a scale is negative or not finite")
     return [
-        PackedFactor(length, group, segments, *(parts[role][i] for role in ROLES))
-        for i, (length, group, segments) in enumerate(found)
+        PackedFactor.part(*shape, tensors_of_it)
+        for shape, tensors_of_it in zip(found, zip(*parts.values(), strict=True), strict=True)
     ]
+
+
+def _require_layout(length: int, group: int, segments: tuple[Segment, ...]) -> None:
+    if length < 1 or (group < 1 and group != ROW_SCALES) or not segments:
+        rank = sum(segment.rows for segment in segments)
+        raise AdapterError(
+            f"a packed factor [{rank}, {length}]: group {group}, {len(segments)} segments"
+        )
+
+
+def _are_scales(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(low >= 0 and high < math.inf)  # false for NaN, too
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

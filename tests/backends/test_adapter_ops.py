@@ -11,7 +11,7 @@ from torch import Tensor
 from lowra.backends.cpu import toolchain
 from lowra.backends.reference.adapters import apply_adapters as reference
 from lowra.compiler.adapter_delta import Shared, SiteDelta, runs_of
-from lowra.compiler.adapter_pages import CHUNK, largest_rank
+from lowra.compiler.adapter_pages import CHUNK, A
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.serving.pages import Memory, lay_out
 from tests.compiler.deltas import FORMATS, Drawn, Meaning, site_of
@@ -49,6 +49,12 @@ def held(sites: list[SiteDelta | None], page_words: int) -> tuple[Tensor, Tensor
         bounds.append(sum(map(len, lines)))
     scalings = torch.tensor([0.0 if site is None else site.scaling for site in sites])
     return memory.words, torch.cat(lines), torch.tensor(bounds, dtype=torch.int32), scalings
+
+
+def largest_rank(chunks: Tensor) -> int:
+    """The most rows that an A of chunks [c, 7] has; 0 without."""
+    of_a = chunks[chunks[:, 0] == A]
+    return int(of_a[:, 1:3].sum(1).max()) if len(of_a) else 0
 
 
 def expected(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lowra.backends.triton import adapters, service
 from lowra.backends.triton.targets import INTERPRETER, TARGETS
-from lowra.compiler.adapter_pages import largest_rank
-from tests.backends.test_adapter_ops import batch, drawn_adapters, expected, held
+from tests.backends.test_adapter_ops import batch, drawn_adapters, expected, held, largest_rank
 from tests.compiler.deltas import FORMATS, Drawn, Meaning, site_of
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowra[triton]'")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lowra.compiler.adapter_delta import AdapterDelta, Basis, Shared, SiteDelta, runs_of
-from lowra.compiler.adapter_pages import CHUNK, POST, largest_rank
+from lowra.compiler.adapter_pages import CHUNK, POST
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.serving.pages import Image, Memory, lay_out
 
@@ -27,12 +28,25 @@ class _Held:
     needed: int = 0
 
 
+@dataclass(frozen=True)
+class _Site:
+    """What an adapter changes at a layer. rescales: whether it has a POST."""
+
+    chunks: Tensor
+    scaling: float
+    rank: int
+    rescales: bool
+
+
+_NOTHING = _Site(torch.zeros(0, len(CHUNK), dtype=torch.int32), 0.0, 0, False)
+
+
 @dataclass
 class _Resident:
-    """An adapter in memory. sites: its chunks, scaling and whether it rescales, by module name."""
+    """An adapter in memory; what it changes by module name."""
 
     ids: list[int]
-    sites: dict[str, tuple[Tensor, float, bool]]
+    sites: dict[str, _Site]
     bases: tuple[str, ...]
     uses: int = 0
 
@@ -150,10 +164,12 @@ class Residents:
             self._bases[id] = _held(self._memory, pages)
         ids = self._memory.put(image.own)
         lines = image.own.placed(ids)
-        sites: dict[str, tuple[Tensor, float, bool]] = {}
-        for site in delta.sites.values():
-            chunks = self._chunks(site, lines, image.own)
-            sites[site.name] = (chunks, site.scaling, POST in site.parts)
+        sites = {
+            site.name: _Site(
+                self._chunks(site, lines, image.own), site.scaling, site.rank, POST in site.parts
+            )
+            for site in delta.sites.values()
+        }
         self._held[name] = _Resident(ids, sites, tuple(delta.bases))
         self.loads += 1
 
@@ -206,21 +222,15 @@ class Residents:
 
     def tables(self, names: Sequence[str], site: str) -> tuple[Tensor, Tensor, Tensor, int, bool]:
         """chunks, bounds, scalings, rank of `apply_adapters` for a layer; whether one rescales."""
-        chunks, bounds, scalings = (
-            [torch.zeros(0, len(CHUNK), dtype=torch.int32)],
-            [0],
-            list[float](),
+        found = [self._held[name].sites.get(site, _NOTHING) for name in names]
+        bounds = [0, *accumulate(len(one.chunks) for one in found)]
+        return (
+            torch.cat([one.chunks for one in found]) if len(found) > 1 else found[0].chunks,
+            torch.tensor(bounds, dtype=torch.int32),
+            torch.tensor([one.scaling for one in found]),
+            max(one.rank for one in found),
+            any(one.rescales for one in found),
         )
-        rescales = False
-        for name in names:
-            lines, scaling, post = self._held[name].sites.get(site, (chunks[0], 0.0, False))
-            chunks.append(lines)
-            bounds.append(bounds[-1] + len(lines))
-            scalings.append(scaling)
-            rescales |= post
-        edges = torch.tensor(bounds, dtype=torch.int32)
-        found = torch.cat(chunks)
-        return found, edges, torch.tensor(scalings), largest_rank(found), rescales
 
 
 def _basis_image(basis: Basis, size: int) -> Image:
