@@ -24,7 +24,7 @@ from benchmarks.adapters import gain_chart
 from benchmarks.adapters.baselines import BASELINES
 from benchmarks.adapters.baselines.compressed import Compressed
 from benchmarks.adapters.baselines.jd_diagonal import jd_diagonal
-from benchmarks.adapters.tasks import TASKS, Rows
+from benchmarks.adapters.tasks import TASKS, Rows, loss_of
 from benchmarks.finetune.bases import RANK, base_of
 from benchmarks.finetune.quality import train
 from benchmarks.quality.protocol import Task, smollm2_task
@@ -171,17 +171,6 @@ def set_factors(model: nn.Module, factors: Factors) -> None:
         else:
             layer.lora_A["default"].weight = nn.Parameter(a.contiguous())
             layer.lora_B["default"].weight = nn.Parameter(b.contiguous())
-
-
-def loss_of(model: Any, rows: Rows) -> float:
-    """Mean negative log likelihood of the labels."""
-    total, count = 0.0, 0
-    with inference(model), half_products():
-        for ids, labels in zip(rows.ids, rows.labels, strict=True):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            losses = nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
-            total, count = total + float(losses), count + int((labels[1:] >= 0).sum())
-    return total / count
 
 
 def _trained(model: Any, name: str, rows: Rows, steps: int, seed: int, file: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lowra.compiler.half_products import half_products
 from lowra.workflows.evaluate import windows
+from lowra.workflows.models import inference
 
 CONTEXT, TRAIN_ROWS, TEST_ROWS = 512, 400, 8
 IGNORED = -100
@@ -81,3 +83,14 @@ def packed(pairs: Iterable[tuple[str, str]], tokenizer: Any, most: int) -> Rows:
     rows = min(most, len(ids) // CONTEXT)
     shaped = (torch.tensor(x[: rows * CONTEXT]).view(rows, CONTEXT) for x in (ids, labels))
     return Rows(*shaped)
+
+
+def loss_of(model: Any, rows: Rows) -> float:
+    """Mean negative log likelihood of the labels."""
+    total, count = 0.0, 0
+    with inference(model), half_products():
+        for ids, labels in zip(rows.ids, rows.labels, strict=True):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            losses = nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+            total, count = total + float(losses), count + int((labels[1:] >= 0).sum())
+    return total / count

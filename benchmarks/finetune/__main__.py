@@ -1,11 +1,11 @@
 """Fine-tuning on bases of every size.
 
-    python -m benchmarks.finetune quality [--bases original "default 2" ...] [--seeds 3]
+    python -m benchmarks.finetune quality [--bases original "default 2" ...] [--task gsm8k]
     python -m benchmarks.finetune memory [--bases lora qlora "lowra 2"] [--shapes smollm2 llama-7b]
 
 `quality` trains one rank-16 adapter on each base with the same rows, steps and rate, and gives
-WikiText-2 perplexity by stored bits. `memory` measures what one training step takes, each base in a
-process of its own. Peers come with `pip install '.[bench]'`.
+the perplexity of held-out text by stored bits. `memory` measures what one training step takes, each
+base in a process of its own. Peers come with `pip install '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
         "--optimizers", nargs="+", default=["adamw"], choices=list(quality.RATES), metavar="NAME"
     )
     part.add_argument("--rate", type=float, help="in place of each optimiser's own")
+    part.add_argument("--task", default=quality.WIKITEXT, choices=list(quality.TASKS))
     part.add_argument("--steps", type=int, default=100)
     part.add_argument("--seeds", type=int, default=1)
     part.add_argument("--rerun", action="store_true", help="measure rows that are there, too")

@@ -27,10 +27,11 @@ def family_of(base: str) -> str:
 
 
 def series(rows: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, list[Point]]:
-    """(stored bits, perplexity) by family, with AdamW; a mean over seeds."""
+    """(stored bits, perplexity of WikiText) by family, with AdamW; a mean over seeds."""
     found: dict[str, dict[str, list[Point]]] = {}
     for row in rows.values():
-        if (row["optimizer"], row["steps"]) == ("adamw", steps):
+        kind = (row.get("task", "wikitext"), row["optimizer"], row["steps"])
+        if kind == ("wikitext", "adamw", steps):
             one = found.setdefault(family_of(row["base"]), {}).setdefault(row["base"], [])
             one.append((row["stored_bits"], row["perplexity"]))
     return {
@@ -43,7 +44,8 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[str]:
     """Write finetune_quality.png and .svg, a panel per number of steps; gives lines that say what
     came of it. A perplexity beyond the scale sits on its upper edge as an open triangle."""
     rows = data["rows"]
-    steps = sorted({row["steps"] for row in rows.values() if row["optimizer"] == "adamw"})
+    asked = sorted({row["steps"] for row in rows.values()})
+    steps = [count for count in asked if series(rows, count)]
     if not steps:
         return ["no chart: no row was trained with adamw"]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.adapters.tasks import TASKS, Rows, loss_of
 from benchmarks.finetune.bases import RANK, base_of
 from benchmarks.finetune.chart import draw
 from benchmarks.quality.protocol import Task, smollm2_task
@@ -30,6 +34,7 @@ BASES = (
     *(f"{p} {b:g}" for b in (4, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.15) for p in ("default", "lowra")),
 )  # fmt: skip
 CONTEXT, ROWS, TEST_WINDOWS = 512, 400, 8
+WIKITEXT = "wikitext"
 RATES = {"adamw": 1e-3, "lora-rite": 1e-3, "oplora": 1.0}
 
 
@@ -39,50 +44,69 @@ def run(arguments: Any) -> None:
     task = smollm2_task(arguments.data, arguments.work_dir)
     rows = _known()
     with show_progress():
-        for base in arguments.bases:
-            for optimizer in arguments.optimizers:
-                for seed in range(arguments.seeds):
-                    rate = arguments.rate or RATES[optimizer]
-                    key = f"{base} / {optimizer} {rate:g} / {arguments.steps} steps / seed {seed}"
-                    if key in rows and not arguments.rerun:
-                        continue
-                    rows[key] = measure(task, base, optimizer, rate, arguments.steps, seed,
-                                        arguments.data)  # fmt: skip
-                    write_results(NAME, {"protocol": protocol(), "rows": rows})
+        for base, optimizer, seed in itertools.product(
+            arguments.bases, arguments.optimizers, range(arguments.seeds)
+        ):
+            rate = arguments.rate or RATES[optimizer]
+            key = f"{base} / {optimizer} {rate:g} / {arguments.steps} steps / seed {seed}"
+            key = key if arguments.task == WIKITEXT else f"{arguments.task}: {key}"
+            if key in rows and not arguments.rerun:
+                continue
+            text = _texts(arguments.task, arguments.data, task)
+            rows[key] = measure(task, base, optimizer, rate, arguments.steps, seed, text)
+            write_results(NAME, {"protocol": protocol(), "rows": rows})
     console.print(table_of(rows), *draw({"rows": rows}, FOLDER), sep="\n")
 
 
 def protocol() -> dict[str, Any]:
     return {
         "model": "SmolLM2-135M-Instruct (bfloat16)", "train": f"WikiText-2 valid, {ROWS} rows",
-        "test": f"WikiText-2 test, {TEST_WINDOWS} x 1024 tokens", "batch": f"1 x {CONTEXT} tokens",
+        "test": f"WikiText-2 test, {TEST_WINDOWS} x 1024 tokens",
+        "gsm8k": "answers of GSM8K, 400 rows of train, 8 of test; questions are not scored",
+        "batch": f"1 x {CONTEXT} tokens",
         "adapter": f"rank {RANK}, alpha {RANK}, every linear but the head, float32",
         "schedule": "linear warm-up over a tenth, then cosine to 0; gradient norm at most 1",
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Rows to train on, and how the outcome is judged."""
+
+    task: str
+    train: Rows
+    perplexity: Callable[[nn.Module], float]
+
+
+def _texts(name: str, data: Path, task: Task) -> Texts:
+    """WikiText: every token of longer windows counts. Other tasks: the tokens of their answers."""
+    if name == WIKITEXT:
+        text = (data / "wikitext2-valid.txt").read_text()
+        rows = windows(text, task.tokenizer, count=ROWS, context=CONTEXT)
+        test = task.test[:TEST_WINDOWS]
+        return Texts(name, Rows(rows, rows), lambda m: evaluate(m, test, batch=1).perplexity)
+    examples = TASKS[name](data, task.tokenizer)
+    return Texts(name, examples.train, lambda model: math.exp(loss_of(model, examples.test)))
+
+
 def measure(
-    task: Task, name: str, optimizer: str, rate: float, steps: int, seed: int, data: Path
+    task: Task, name: str, optimizer: str, rate: float, steps: int, seed: int, texts: Texts
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
     base = base_of(name, task)
-    text = (data / "wikitext2-valid.txt").read_text()
-    rows = windows(text, task.tokenizer, count=ROWS, context=CONTEXT)
-    before = _perplexity(base.model, task)
+    before = texts.perplexity(base.model.eval())
     start = time.perf_counter()
-    losses = train(base.model, rows, optimizer, rate, steps, seed)
+    rows = texts.train
+    losses = train(base.model, rows.ids, optimizer, rate, steps, seed, labels=rows.labels)
     seconds = time.perf_counter() - start
     return {
-        "base": name, "optimizer": optimizer, "rate": rate, "steps": steps, "seed": seed,
+        "task": texts.task, "base": name, "optimizer": optimizer, "rate": rate,
+        "steps": steps, "seed": seed,
         "stored_bits": base.stored_bits, "perplexity_before": before,
-        "perplexity": _perplexity(base.model, task), "losses": losses,
+        "perplexity": texts.perplexity(base.model.eval()), "losses": losses,
         "seconds_per_step": seconds / steps, "version": code_version(),
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-
-
-def _perplexity(model: nn.Module, task: Task) -> float:
-    return evaluate(model.eval(), task.test[:TEST_WINDOWS], batch=1).perplexity
 
 
 def train(
@@ -128,13 +152,21 @@ def _known() -> dict[str, Any]:
     return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
+def task_of(row: Mapping[str, Any]) -> str:
+    """Rows from before there was a second task name none."""
+    return row.get("task", WIKITEXT)
+
+
 def table_of(rows: dict[str, Any]) -> Table:
-    table = Table(title="WikiText-2 test perplexity after fine-tuning on valid")
-    for column in ("base", "optimizer", "stored bits", "steps", "seed", "before", "after"):
-        table.add_column(column, justify="left" if column in ("base", "optimizer") else "right")
+    table = Table(title="Perplexity of held-out text after fine-tuning")
+    for column in ("task", "base", "optimizer"):
+        table.add_column(column)
+    for column in ("stored bits", "steps", "seed", "before", "after"):
+        table.add_column(column, justify="right")
     for row in sorted(rows.values(), key=lambda row: -row["stored_bits"]):
+        numbers = (f"{row[name]:,.2f}" for name in ("perplexity_before", "perplexity"))
         table.add_row(
-            row["base"], row["optimizer"], f"{row['stored_bits']:.3f}", str(row["steps"]),
-            str(row["seed"]), f"{row['perplexity_before']:,.2f}", f"{row['perplexity']:,.2f}",
+            task_of(row), row["base"], row["optimizer"], f"{row['stored_bits']:.3f}",
+            str(row["steps"]), str(row["seed"]), *numbers,
         )  # fmt: skip
     return table

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
 def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
     """Perplexity before and after the same training, and beside the original's."""
-    protocol, rows = data["protocol"], list(data["rows"].values())
+    protocol = data["protocol"]
+    rows = [r for r in data["rows"].values() if r.get("task", "wikitext") == "wikitext"]
+    others = [r for r in data["rows"].values() if r.get("task") == "gsm8k"]
     yield (
         f"{protocol['model']}; {protocol['train']}; {protocol['test']}; {protocol['batch']} a "
         f"step; adapter: {protocol['adapter']}; {protocol['schedule']}. Bases named `all` "
         "train norms, codebooks and scales too (`benchmarks/results/finetune_quality.json`)."
     )
     yield ""
+    yield from _table(rows)
+    if others:
+        yield ""
+        yield f"The same with {protocol['gsm8k']}:"
+        yield ""
+        yield from _table(others)
+    yield ""
+    yield "![Perplexity after training by stored bits](../benchmarks/results/finetune_quality.png)"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| base | stored bits | optimiser | steps | before | after | times the original's |"
     yield "|---|---|---|---|---|---|---|"
     best = {
@@ -30,8 +43,6 @@ def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
             f"| {name} | {row['stored_bits']:.2f} | {row['optimizer']} | {row['steps']} | "
             f"{row['perplexity_before']:,.2f} | {row['perplexity']:,.2f} | {ratio} |"
         )
-    yield ""
-    yield "![Perplexity after training by stored bits](../benchmarks/results/finetune_quality.png)"
 
 
 LAYERS, ENDS = 32, 2 * 32000 * 4096 * 2

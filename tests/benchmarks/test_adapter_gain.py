@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.adapters import gain, gain_chart
 from benchmarks.adapters.baselines.jd_diagonal import jd_diagonal
-from benchmarks.adapters.tasks import CONTEXT, IGNORED, Rows, packed
+from benchmarks.adapters.tasks import CONTEXT, IGNORED, Rows, loss_of, packed
 from lowra.adapters.factors import LowRank
 from tests.runtime.compiled_models import low_llama
 
@@ -41,7 +41,7 @@ def test_the_loss_is_that_of_the_labels() -> None:
     rows = examples()
     with torch.no_grad():
         both = [model(input_ids=i[None], labels=w[None]).loss for i, w in zip(*rows, strict=True)]
-    assert gain.loss_of(model, rows) == pytest.approx(float(sum(both)) / 3, rel=1e-5)
+    assert loss_of(model, rows) == pytest.approx(float(sum(both)) / 3, rel=1e-5)
 
 
 def test_shares_lie_between_the_base_and_the_whole_adapter(tmp_path: Path) -> None:

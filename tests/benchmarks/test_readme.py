@@ -50,3 +50,23 @@ def test_weights_of_two_layers_stand_for_all() -> None:
     whole = (ends + 16 * 100_000_000) / 1e6
     assert told.startswith("| Llama-2-7B, 2 layers | lowra 2 | 5 | 624 |")
     assert told.endswith(f"| {whole:,.0f} |")
+
+
+def test_rows_of_gsm8k_have_a_table_of_their_own() -> None:
+    row = {
+        "base": "default 2", "optimizer": "adamw", "steps": 60, "seed": 0, "stored_bits": 2.0,
+        "perplexity_before": 9.0, "perplexity": 6.0,
+    }  # fmt: skip
+    whole = {**row, "base": "original", "stored_bits": 16.0, "perplexity": 3.0}
+    answers = [{**r, "task": "gsm8k", "perplexity": r["perplexity"] / 2} for r in (row, whole)]
+    names = ("model", "train", "test", "batch", "adapter", "schedule", "gsm8k")
+    data = {
+        "protocol": dict.fromkeys(names, "a text"),
+        "rows": dict(enumerate([row, whole, *answers])),
+    }
+    lines = list(finetuned(data))
+    first, second = (i for i, line in enumerate(lines) if line.startswith("| base"))
+    assert [line for line in lines[first:second] if "default 2" in line][0].endswith(
+        "6.00 | 2.00 |"
+    )
+    assert [line for line in lines[second:] if "default 2" in line][0].endswith("3.00 | 2.00 |")
