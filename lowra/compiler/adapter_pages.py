@@ -29,8 +29,16 @@ from torch.nn import functional
 
 from lowra.compiler.errors import AdapterError
 from lowra.compiler.grids import levels, per_column
-from lowra.compiler.packed_adapter import PackedFactor, pack_bits, unpack_bits
-from lowra.compiler.packing import FORMATS, row_words, unpack_rows, width_id, width_of
+from lowra.compiler.packed_adapter import PackedFactor
+from lowra.compiler.packing import (
+    FORMATS,
+    pack_bits,
+    row_words,
+    unpack_bits,
+    unpack_rows,
+    width_id,
+    width_of,
+)
 from lowra.compiler.storage import scale_groups
 
 A, B, CORE, DIAGONAL, OUT, POST = range(6)

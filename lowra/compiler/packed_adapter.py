@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,14 @@ from lowra.compiler.grids import (
     Coded,
     dequantize,
 )
-from lowra.compiler.packing import pack_rows, row_words, unpack_rows, width_id
+from lowra.compiler.packing import (
+    pack_bits,
+    pack_rows,
+    row_words,
+    unpack_bits,
+    unpack_rows,
+    width_id,
+)
 from lowra.compiler.storage import ROW_SCALES, scale_groups
 
 ROLES: tuple[str, ...] = ("codes", "scales", "zeros")
@@ -285,21 +291,6 @@ def _are_scales(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(low >= 0 and high < math.inf)  # false for NaN, too
-
-
-def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """uint8 values below 2^bits as a string of bits, lowest bit first, in uint8, zero-filled."""
-    place = np.arange(bits, dtype=np.uint8)
-    string = (values.numpy()[:, None] >> place) & 1
-    return torch.from_numpy(np.packbits(string.reshape(-1), bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of `pack_bits` for `count` values."""
-    string = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
-    place = np.arange(bits, dtype=np.uint8)
-    values = (string.reshape(count, bits) << place).sum(axis=1, dtype=np.uint8)
-    return torch.from_numpy(values)
 
 
 def _runs(parts: Sequence[Coded]) -> list[Coded]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,3 +219,18 @@ def pack_nibbles(values: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     """The inverse of `pack_nibbles` for `count` values."""
     return torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1)[:count].contiguous()
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """uint8 values below 2^bits as a string of bits, lowest bit first, in uint8, zero-filled."""
+    place = np.arange(bits, dtype=np.uint8)
+    string = (values.numpy()[:, None] >> place) & 1
+    return torch.from_numpy(np.packbits(string.reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse of `pack_bits` for `count` values."""
+    string = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
+    place = np.arange(bits, dtype=np.uint8)
+    values = (string.reshape(count, bits) << place).sum(axis=1, dtype=np.uint8)
+    return torch.from_numpy(values)

@@ -15,11 +15,10 @@ from lowra.compiler.packed_adapter import (
     PackedFactor,
     PackedSite,
     Segment,
-    pack_bits,
     pack_factor,
     split_tensors,
-    unpack_bits,
 )
+from lowra.compiler.packing import pack_bits, unpack_bits
 from lowra.compiler.storage import scale_groups
 
 LEVELS = {1: 2, 1.6: 3, 2: 4, 3: 8, 4: 16}
