@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import lowra  # noqa: F401 - registers backends
-from lowra.backends.triton import build, linear, service
+from lowra.backends.triton import build, linear, service, tuning, weight
 from lowra.backends.triton.emit import arguments, emit
 from lowra.backends.triton.keys import (
     Blocks,
@@ -181,8 +183,8 @@ def test_emitting_is_pure_and_gives_python(key: Any) -> None:
 
 
 def test_a_kernel_as_people_read_it(golden: Any) -> None:
-    weight = weight_key([4, 64, 2, 128], 512, -1, False, True)
-    golden.check(emit(LinearKey(TARGETS[3], weight, "bfloat16", Blocks(64, 16, 4, 2), 16)))
+    key = weight_key([4, 64, 2, 128], 512, -1, False, True)
+    golden.check(emit(LinearKey(TARGETS[3], key, "bfloat16", Blocks(64, 16, 4, 2), 16)))
 
 
 def test_a_file_in_the_override_folder_takes_the_place_of_what_is_emitted(
@@ -230,3 +232,40 @@ def test_descriptors_cover_every_row_once_and_every_word() -> None:
 
 def test_the_interpreter_is_a_target_that_no_device_has() -> None:
     assert INTERPRETER not in TARGETS and not INTERPRETER.backend
+
+
+def test_a_weight_is_looked_at_once_and_forgotten_with_its_codes() -> None:
+    packed = packed_of(Shape(20, 96, (2, 4), block=32)).op_args()
+    first = weight.weight_of(packed)
+    assert weight.weight_of(packed).form is first.form
+    again = weight.taken(packed, torch.float32)
+    assert isinstance(again, weight.Weight) and again.form is first.form
+    assert "int64" in str(weight.taken(packed, torch.int64))
+    other = (packed[0], packed[1].clone(), *packed[2:])
+    assert weight.weight_of(other).form is not first.form
+    for m in range(3 * weight.MOST_PLANS):
+        first.form.keep(m, m)
+    assert 0 < len(first.form.plans) <= weight.MOST_PLANS
+    place = id(packed[0])
+    assert place in weight._forms
+    del packed, other, first, again
+    gc.collect()
+    assert place not in weight._forms
+
+
+def test_a_choice_that_is_kept_counts_no_more_once_tables_are_read_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = weight.weight_of(packed_of(Shape(20, 96, (2,))).op_args())
+    device = torch.device("cpu")
+
+    def choice() -> object:
+        return tuning.choice_for(taken, 1, torch.float32, 0, TARGETS[1], device)
+
+    before = choice()
+    monkeypatch.setattr(tuning, "_choice", lambda *_: UNPACKED)
+    assert choice() == before != UNPACKED
+    monkeypatch.setattr(tuning, "table_of", functools.cache(lambda device: {}))
+    monkeypatch.setattr(tuning, "_choice", functools.cache(lambda *_: UNPACKED))
+    tuning.forget()
+    assert choice() == UNPACKED

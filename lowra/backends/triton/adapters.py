@@ -62,8 +62,8 @@ def changed(y: Tensor, x: Tensor, tables: tuple[Tensor, ...], rank: int, target:
         "rank": rank, "parts": parts,
     }  # fmt: skip
     key = GatherKey(target, NAMES[x.dtype], blocks)
-    launch.run(key, (count, tiles, parts), given)
-    expand = ExpandKey(target, NAMES[y.dtype], NAMES[out.dtype], blocks)
+    launch.run(launch.launcher_of(key), (count, tiles, parts), given)
+    expand = launch.launcher_of(ExpandKey(target, NAMES[y.dtype], NAMES[out.dtype], blocks))
     for place in range(places):
         launch.run(expand, (count, tiles, -(-n // COLUMNS)), {**given, "place": place})
     return out.to(y.dtype)

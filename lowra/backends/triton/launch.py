@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def values(
         **weight.tensors(), "tiles": tiles, "out": out, "n": weight.n, "k": weight.k,
         "first_column": columns.start, "last_column": columns.stop,
     }  # fmt: skip
-    run(key, (tiles.shape[0], -(-size // 256), 1), given)
+    run(launcher_of(key), (tiles.shape[0], -(-size // 256), 1), given)
     return out
 
 
@@ -52,19 +53,24 @@ def product(
         return y
     rank = 0 if factors is None else factors[0].shape[1]
     choice = choice or fused(weight.panels, weight.k, m, processors(device), target)
-    key, grid = product_key(
-        weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, choice
-    )
-    tiles = descriptors(weight.panels, weight.k, weight.key.own, key.blocks.rows, device)
+    place = ("product", m, x.dtype, device, target.name, rank, bias is not None, waits, choice)
+    plan = weight.form.plans.get(place)
+    if plan is None:
+        key, grid = product_key(
+            weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, choice
+        )
+        tiles = descriptors(weight.panels, weight.k, weight.key.own, key.blocks.rows, device)
+        plan = weight.form.keep(place, (launcher_of(key), grid, tiles))
+    launcher, grid, tiles = plan
     given = {
         **weight.tensors(), "x": x, "y": y, "tiles": tiles, "bias": bias,
         "m": m, "n": weight.n, "k": weight.k,
     }  # fmt: skip
     if factors is not None:
         given |= {"hidden": factors[0], "lora_b": factors[1], "scaling": factors[2], "rank": rank}
-    if key.split:
-        given |= _workspace("product", grid[0] * grid[1], grid[2], key.blocks, device)
-    run(key, grid, given)
+    if grid[2] > 1:
+        given |= _workspace("product", grid[0] * grid[1], grid[2], launcher.key.blocks, device)
+    run(launcher, grid, given)
     return y
 
 
@@ -90,28 +96,46 @@ def shrink(x: Tensor, a: Tensor, target: Target) -> Tensor:
     """h = x A' [m, r] in the dtype of x [m, k], for few tokens; what follows may start early."""
     (m, k), rank, device = x.shape, a.shape[0], x.device
     hidden = torch.empty(m, rank, dtype=x.dtype, device=device)
-    blocks = Blocks(padded_rank(rank), 16, 4, 3)
-    tokens, runs = -(-m // blocks.tokens), -(-k // COLUMNS)
-    parts = max(1, min(runs // 2, processors(device) // 2))
-    key = ShrinkKey(target, NAMES[x.dtype], NAMES[a.dtype], blocks, target.overlaps)
+    launcher, tokens, parts = _shrinking(m, k, rank, x.dtype, a.dtype, target, device)
     given = {"x": x, "lora_a": a, "hidden": hidden, "m": m, "k": k, "rank": rank}
     # Not the room of the product behind it, which may run at the same time.
-    given |= _workspace("shrink", tokens, parts, blocks, device)
-    run(key, (1, tokens, parts), given)
+    given |= _workspace("shrink", tokens, parts, launcher.key.blocks, device)
+    run(launcher, (1, tokens, parts), given)
     return hidden
+
+
+@functools.lru_cache(maxsize=4096)
+def _shrinking(
+    m: int, k: int, rank: int, dtype: torch.dtype, factor_dtype: torch.dtype, target: Target,
+    device: torch.device,
+) -> tuple[Launcher, int, int]:  # fmt: skip
+    """The kernel, tiles of tokens, and parts of the columns."""
+    blocks = Blocks(padded_rank(rank), 16, 4, 3)
+    runs = -(-k // COLUMNS)
+    parts = max(1, min(runs // 2, processors(device) // 2))
+    key = ShrinkKey(target, NAMES[dtype], NAMES[factor_dtype], blocks, target.overlaps)
+    return launcher_of(key), -(-m // blocks.tokens), parts
 
 
 def rotated(x: Tensor, rotation: Rotation, target: Target, back: bool = False) -> Tensor:
     """x [m, k] in the coordinates of the weight, or `back`: in float32, then in the dtype of x."""
+    if not rotation.active or not x.numel():
+        return x
     (m, k), device = x.shape, x.device
     out = room("rotated inputs", (m, k), x.dtype, device)
-    if not rotation.active or not out.numel():
-        return x
-    key = RotateKey(target, NAMES[x.dtype], rotation.block, back)
-    scaled = _scaled_signs(rotation, k, device)
-    span = span_of(rotation.block)
-    run(key, (m, -(-k // span), 1), {"x": x, "signs": scaled, "out": out, "k": k})
+    launcher, scaled = _rotating(rotation, k, x.dtype, back, target, device)
+    grid = (m, -(-k // span_of(rotation.block)), 1)
+    run(launcher, grid, {"x": x, "signs": scaled, "out": out, "k": k})
     return out
+
+
+@functools.lru_cache(maxsize=512)
+def _rotating(
+    rotation: Rotation, k: int, dtype: torch.dtype, back: bool, target: Target,
+    device: torch.device,
+) -> tuple[Launcher, Tensor]:  # fmt: skip
+    key = RotateKey(target, NAMES[dtype], rotation.block, back)
+    return launcher_of(key), _scaled_signs(rotation, k, device)
 
 
 @functools.lru_cache(maxsize=512)
@@ -129,20 +153,31 @@ def room(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
         raise
 
 
-def run(key: Key, grid: tuple[int, int, int], given: dict[str, Any]) -> None:
-    """Launch the kernel of `key`. One that Triton's cache holds broken is compiled anew."""
-    kernel = kernel_of(key)
-    options = compile_options(key)
-    values_ = [given[name] for name in arguments(key)]
-    if key in _ran or not key.target.backend:
+@dataclass
+class Launcher:
+    """A kernel that is ready to launch. ran: it has been; an error is no fault of a cache then."""
+
+    key: Key
+    kernel: Any
+    names: tuple[str, ...]
+    options: dict[str, Any]
+    ran: bool = False
+
+
+@functools.lru_cache(maxsize=4096)
+def launcher_of(key: Key) -> Launcher:
+    return Launcher(key, kernel_of(key), tuple(arguments(key)), compile_options(key))
+
+
+def run(launcher: Launcher, grid: tuple[int, int, int], given: dict[str, Any]) -> None:
+    """Launch a kernel. One that Triton's cache holds broken is compiled anew."""
+    kernel, options = launcher.kernel, launcher.options
+    values_ = [given[name] for name in launcher.names]
+    if launcher.ran or not launcher.key.target.backend:
         kernel[grid](*values_, **options)
         return
     anew_where_broken(lambda: kernel[grid](*values_, **options))
-    _ran.add(key)
-
-
-_ran: set[Key] = set()
-"""Keys that have been launched: from then on an error is no fault of a cache."""
+    launcher.ran = True
 
 
 _workspaces: dict[tuple[str, torch.device, int], tuple[Tensor, Tensor]] = {}

@@ -16,7 +16,7 @@ from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.service import explain, served, target_of
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.tuning import choice_for
-from lowra.backends.triton.weight import Weight, declined, weight_of
+from lowra.backends.triton.weight import Weight, taken
 from lowra.compiler.ops import DIRECT, LIBRARY
 from lowra.compiler.packing import TERNARY_TILE, TILE
 from lowra.compiler.rotation import Rotation
@@ -35,10 +35,8 @@ def ready(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None) ->
     """The weight as kernels take it; None, with the reason said once, where they do not."""
     if target is None or service.failures:
         return None
-    why = declined(packed, dtype)
-    if why is not None:
-        return explain(why)
-    return weight_of(packed)
+    found = taken(packed, dtype)
+    return explain(found) if isinstance(found, str) else found
 
 
 def forward(

@@ -42,8 +42,17 @@ def choice_for(
     weight: Weight, m: int, dtype: torch.dtype, rank: int, target: Target, device: torch.device
 ) -> Choice:
     """How m tokens in `dtype` meet `weight` on `device`: as measured, or as `schedule` says."""
-    return _choice(weight.key.text, weight.panels, weight.k, m, dtype, rank <= MOST_RANK, target,
-                   device)  # fmt: skip
+    place = ("choice", m, dtype, rank <= MOST_RANK, device, target.name, _read_times[0])
+    found = weight.form.plans.get(place)
+    if found is None:
+        key, panels, k = weight.key.text, weight.panels, weight.k
+        found = _choice(key, panels, k, m, dtype, rank <= MOST_RANK, target, device)
+        weight.form.keep(place, found)
+    return found
+
+
+_read_times = [0]
+"""How often tables have been forgotten: what is kept of them elsewhere counts no more then."""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -93,6 +102,7 @@ def forget() -> None:
     """Read tables anew from now on."""
     table_of.cache_clear()
     _choice.cache_clear()
+    _read_times[0] += 1
 
 
 def read_table(path: Path) -> dict[str, Choice]:

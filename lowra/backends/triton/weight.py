@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowra.backends.triton.keys import WeightKey, weight_key
+from lowra.backends.triton.keys import TERNARY_ID, WeightKey, weight_key
 from lowra.backends.triton.tables import DESCRIPTOR_SIZE
 from lowra.compiler.packing import FORMATS, levels_of, row_words
 from lowra.compiler.storage import scale_groups
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+T = TypeVar("T")
+MOST_PLANS = 256
 LARGEST = 2**31
 """Above it offsets into codes, codebooks or scales pass 32 bits."""
 
 
-@dataclass(frozen=True)
+@dataclass
+class Form:
+    """What is known of a packed weight once its tensors have been looked at; none of them is held.
+
+    n: rows. dtypes: of activations, that kernels take it with. plans: what launches keep about it
+    for as long as the codes live, by their own keys.
+    """
+
+    panels: tuple[int, ...]
+    n: int
+    k: int
+    key: WeightKey
+    dtypes: set[torch.dtype] = field(default_factory=set[torch.dtype])
+    plans: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    def keep(self, place: Any, plan: T) -> T:
+        """Remember a plan. There is one per number of tokens, so a few hundred are enough."""
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        self.plans[place] = plan
+        return plan
+
+
+@dataclass
 class Weight:
     """The packed arguments of a `lowra::` op, and what kernels are chosen by."""
 
@@ -27,34 +53,96 @@ class Weight:
     books: Tensor
     scales: Tensor | None
     order: Tensor
-    panels: tuple[int, ...]
-    k: int
-    key: WeightKey
+    form: Form
 
     @property
     def n(self) -> int:
-        return self.order.shape[0]
+        return self.form.n
+
+    @property
+    def k(self) -> int:
+        return self.form.k
+
+    @property
+    def panels(self) -> tuple[int, ...]:
+        return self.form.panels
+
+    @property
+    def key(self) -> WeightKey:
+        return self.form.key
 
     def tensors(self) -> dict[str, Tensor | None]:
         """By the names that kernels give them."""
-        words = self.codes
-        return {
-            "codes": words, "code_bytes": words.view(torch.uint8), "books": self.books,
-            "scales": self.scales, "order": self.order,
+        found = {
+            "codes": self.codes, "books": self.books, "scales": self.scales, "order": self.order,
         }  # fmt: skip
+        if TERNARY_ID in self.form.panels[0::2]:
+            found["code_bytes"] = self.codes.view(torch.uint8)
+        return found
+
+
+_forms: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Form]] = {}
+"""By the id of the codes, for as long as they live."""
 
 
 def weight_of(packed: tuple[Any, ...]) -> Weight:
-    """Raises ValueError where a size is not what kernels read."""
+    """The weight of packed op arguments; looked at anew where one of its tensors is another.
+
+    Raises ValueError where a size is not what kernels read.
+    """
+    return _with_form(packed, _known_form(packed) or _new_form(packed))
+
+
+def taken(packed: tuple[Any, ...], dtype: torch.dtype) -> Weight | str:
+    """The weight, or why no kernel takes it with activations of this dtype. Raises ValueError."""
+    form = _known_form(packed)
+    if form is None or dtype not in form.dtypes:
+        why = declined(packed, dtype)
+        if why is not None:
+            return why
+        form = form or _new_form(packed)
+        form.dtypes.add(dtype)
+    return _with_form(packed, form)
+
+
+def _known_form(packed: tuple[Any, ...]) -> Form | None:
+    found = _forms.get(id(packed[0]))
+    if found is None or found[0]() is not packed[0] or found[1] != _place(packed):
+        return None
+    return found[2]
+
+
+def _place(packed: tuple[Any, ...]) -> tuple[Any, ...]:
     codes, books, scales, order, panels, k, group, *_ = packed
-    group = 0 if scales is None else group
-    own = _check_sizes(codes, books, scales, order, panels, k, group)
+    return (
+        codes.data_ptr(), books.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        order.data_ptr(), codes.numel(), books.numel(), k, group, *panels,
+    )  # fmt: skip
+
+
+def _new_form(packed: tuple[Any, ...]) -> Form:
+    codes, form = packed[0], _form_of(packed)
+    if id(codes) not in _forms or _forms[id(codes)][0]() is not codes:
+        weakref.finalize(codes, _forms.pop, id(codes), None).atexit = False
+    _forms[id(codes)] = (weakref.ref(codes), _place(packed), form)
+    return form
+
+
+def _with_form(packed: tuple[Any, ...], form: Form) -> Weight:
+    codes, books, scales, order, *_ = packed
     tensors = (codes, books, order) if scales is None else (codes, books, scales, order)
     if not all(tensor.is_contiguous() for tensor in tensors):
         codes, books, order = codes.contiguous(), books.contiguous(), order.contiguous()
         scales = None if scales is None else scales.contiguous()
+    return Weight(codes, books, scales, order, form)
+
+
+def _form_of(packed: tuple[Any, ...]) -> Form:
+    codes, books, scales, order, panels, k, group, *_ = packed
+    group = 0 if scales is None else group
+    own = _check_sizes(codes, books, scales, order, panels, k, group)
     key = _weight_key(tuple(panels), k, group, own)
-    return Weight(codes, books, scales, order, tuple(panels), k, key)
+    return Form(tuple(panels), order.shape[0], k, key)
 
 
 @functools.lru_cache(maxsize=4096)
