@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ATEN = torch.ops.aten
@@ -24,14 +24,16 @@ _ATTENTION_GRADIENT = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 """Its forward is fast in any dtype."""
 
 
-def half_products() -> AbstractContextManager[Any]:
+def half_products(model: nn.Module | None = None) -> AbstractContextManager[Any]:
     """Within it, products of matrices in a dtype that this CPU has no instructions for are computed
     in float32 and rounded once, which is what CPUs that have them do; gradients too.
 
-    Nothing happens where the CPU has them, and to tensors on other devices. Ops of `lowra::` do so
-    everywhere.
+    Nothing happens where the CPU has them, to tensors on other devices, and for a `model` that lies
+    on another one: what intercepts ops takes time. Ops of `lowra::` do so everywhere.
     """
-    return _Float32Products() if _slow_dtypes() else nullcontext()
+    first = None if model is None else next(model.parameters(), None)
+    elsewhere = first is not None and first.device.type != "cpu"
+    return nullcontext() if elsewhere or not _slow_dtypes() else _Float32Products()
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

@@ -69,7 +69,7 @@ def evaluate(
     start = time.perf_counter()
     nll = divergence = 0.0
     with (
-        inference(model), _inference_if(reference), half_products(),
+        inference(model), _inference_if(reference), half_products(model),
         stage("Evaluate", count) as progress,
     ):  # fmt: skip
         for ids in tokens.split(batch):

@@ -78,11 +78,12 @@ def finetune(
     if _begin(folder, run, model, restart) and (folder / REPORT).is_file():
         return _finished(model, folder)
     last = _last_checkpoint(folder / CHECKPOINTS, steps)
-    with stage("fine-tune", steps) as bar, half_products():
+    with stage("fine-tune", steps) as bar:
         trainer = _trainer(model, data, folder, tokenizer, settings, bar, tell, last is None)
         if last is not None:
             bar.advance(min(steps, _step_of(last)))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with half_products(trainer.model):  # it is where it will be trained
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     report = make_report(trainer.state, settings.to_dict(), data.facts, counts)
     report["seconds"] = time.perf_counter() - begun

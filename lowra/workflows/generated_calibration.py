@@ -54,7 +54,7 @@ def generate_calibration(
     with (
         inference(model),
         decode_attention(model),
-        half_products(),
+        half_products(model),
         _own_random_state(device, seed) as generator,
         stage("Write calibration text", count * context) as progress,
     ):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lowra.compiler import half_products as module
@@ -123,3 +123,10 @@ def test_nothing_stands_in_the_way_where_the_cpu_has_instructions(
     monkeypatch.setattr(module, "_slow_dtypes", frozenset)
     with half_products():
         assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_model_on_another_device_is_left_alone() -> None:
+    model = nn.Linear(2, 2)
+    for where, count in (("cpu", 1), ("meta", 0)):
+        with half_products(model.to(where)):
+            assert torch._C._len_torch_dispatch_stack() == count
