@@ -28,7 +28,8 @@ def apply_adapters(
     slots: Tensor, weights: Tensor, rank: int,
 ) -> Tensor:  # fmt: skip
     """y + sum over j of w_j (f_j(y) - y); see the reference. Sums are float32, factors TF32 where
-    y is in half precision."""
+    y is in half precision. Chunks are taken as a pool made them: a look at them would wait for the
+    device."""
     tables = (pages, chunks, bounds, scalings, slots, weights)
     target = service.target_of(y.device)
 
