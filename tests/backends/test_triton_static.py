@@ -200,8 +200,13 @@ def test_many_tokens_use_the_tensor_cores_of_each_target(target: str) -> None:
         assert sum(loop.values()) / weights < 3.5
 
 
-@pytest.mark.parametrize("target", BY_NAME)
-@pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (512, "float16"), (512, "float32")])
+@pytest.mark.parametrize(
+    ("target", "m", "dtype"),
+    [
+        *((target, 1, "bfloat16") for target in BY_NAME),
+        ("sm80", 512, "float32"), ("sm80", 512, "float16"), ("sm100", 512, "float16"),
+    ],
+)  # fmt: skip
 def test_kernels_of_adapters_compile_everywhere(target: str, m: int, dtype: str) -> None:
     """Half precision is multiplied in TF32; the registers hold all that a program works on."""
     blocks = Blocks(16, tokens_of(m, getattr(torch, dtype)), 8, 2)
