@@ -203,8 +203,10 @@ def test_many_tokens_use_the_tensor_cores_of_each_target(target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "m", "dtype"),
     [
-        *((target, 1, "bfloat16") for target in BY_NAME),
-        ("sm80", 512, "float32"), ("sm80", 512, "float16"), ("sm100", 512, "float16"),
+        ("sm90", 1, "bfloat16"), ("gfx942", 1, "bfloat16"), ("sm80", 512, "float32"),
+        ("sm100", 512, "float16"),
+        *(pytest.param(t, 1, "bfloat16", marks=pytest.mark.slow) for t in ("sm80", "sm100")),
+        pytest.param("sm80", 512, "float16", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_kernels_of_adapters_compile_everywhere(target: str, m: int, dtype: str) -> None:
