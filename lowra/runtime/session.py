@@ -24,14 +24,20 @@ def program_of(model: nn.Module, example: Inputs | tuple[Tensor, ...] | None = N
     info = compiled(model)
     program = None if info is None else info.program
     if program is not None and _moved(model, program):
-        known = dict(zip(program.inputs, program.example, strict=True))
-        program, example = None, example or known or None
+        program, example = None, example or _example_of(program)
     program = capture(model, example) if program is None else _with_tensors_of(model, program)
     if program.graph is not None:
         return program
     loaded = info is not None and info.program is None and example is None
     way_out = "; checkpoints keep no inputs: pass example=" if loaded else ""
     raise CaptureError(f"{type(model).__name__} has no graph to run: {program.warning}{way_out}")
+
+
+def _example_of(program: Program) -> Inputs | tuple[Tensor, ...] | None:
+    """The inputs that a program was traced with, as they were given: in order, or by name."""
+    if program.inputs[:1] == ("input_0",):
+        return program.example
+    return dict(zip(program.inputs, program.example, strict=True)) or None
 
 
 def _moved(model: nn.Module, program: Program) -> bool:

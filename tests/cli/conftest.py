@@ -31,7 +31,7 @@ class Lowra:
     """Runs the command line in this process."""
 
     def __call__(self, *words: object) -> Any:
-        return CliRunner().invoke(app, [str(word) for word in words])
+        return CliRunner(env={"COLUMNS": None}).invoke(app, [str(word) for word in words])
 
     def json(self, *words: object, code: int = 0) -> Any:
         """The one JSON document on stdout of a run that ends with `code`."""

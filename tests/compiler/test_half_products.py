@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowra.compiler import half_products as module
 from lowra.compiler.half_products import half_products
@@ -103,6 +105,37 @@ def test_gradients_of_attention_are_computed_in_float32(masked: bool) -> None:
         assert (got - exact).norm() <= 1.02 * (own - exact).norm()
         # The output, rounded, is an input of its gradient.
         assert (got - exact).norm() < 4e-3 * exact.norm()
+
+
+class Seen(TorchDispatchMode):
+    """Entered first, it sees ops as they are computed: dtypes of tensors, by op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = {a.dtype for a in args if isinstance(a, Tensor)}
+        self.dtypes.setdefault(func.__name__, set()).update(found)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_slow_is_computed_in_float32_and_nothing_else(dtype: torch.dtype) -> None:
+    a, b = draw(1, 3, 5, 20, dtype=dtype), draw(2, 3, 20, 4, dtype=dtype)
+    q = draw(3, 1, 2, 9, 16, dtype=dtype).requires_grad_()
+    with Seen() as seen, half_products():
+        for product in (
+            a @ b, a[0] @ b[0], torch.addmm(a[0, :, :4], a[0], b[0]),
+            torch.baddbmm(a[:, :, :4], a, b), a + 1,
+        ):  # fmt: skip
+            assert product.dtype == dtype
+        out = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch.autograd.grad(out, q, torch.ones_like(out))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    for name in ("bmm", "mm", "addmm", "baddbmm", f"{attention}_backward"):
+        assert seen.dtypes[f"{name}.default"] == {torch.float32}, name
+    assert dtype in seen.dtypes["add.Tensor"] and dtype in seen.dtypes[f"{attention}.default"]
 
 
 def test_other_dtypes_devices_and_ops_pass_through() -> None:

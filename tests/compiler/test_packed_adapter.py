@@ -114,6 +114,19 @@ def test_flat_tensors_come_apart_into_views_of_the_same_factors() -> None:
         split_tensors(tensors, [(f.length + 64, f.group, f.segments) for f in factors])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_flat_tensors_with_a_wrong_scale_are_refused(value: float) -> None:
+    adapter = PackedAdapter((site("a"),))
+    tensors = adapter.tensors()
+    tensors["scales"] = tensors["scales"].clone()
+    tensors["scales"][-1] = value
+    shapes = [(f.length, f.group, f.segments) for f in (adapter.sites[0].a, adapter.sites[0].b)]
+    with pytest.raises(AdapterError, match="a scale is negative or not finite"):
+        split_tensors(tensors, shapes)
+    with pytest.raises(AdapterError, match="codes are torch.int64"):
+        split_tensors({**tensors, "codes": tensors["codes"].long()}, shapes)
+
+
 def test_a_packed_factor_with_wrong_tensors_is_refused() -> None:
     factor = site().a
     fields = {name: getattr(factor, name) for name in ("length", "group", "segments")}

@@ -12,6 +12,7 @@ from torch import nn
 
 import lowra
 from lowra.compiler.errors import CaptureError
+from lowra.runtime import session
 from lowra.runtime.module_view import quantized_linears
 from tests import models
 from tests.runtime.compiled_models import (
@@ -188,3 +189,22 @@ def test_a_loaded_plain_module_runs_and_exports_with_an_example(
     torch.testing.assert_close(torch.export.load(file).module()(x), want)
     with pytest.raises(CaptureError, match="pass example="):
         lowra.Session(loaded)
+
+
+def test_a_model_that_went_to_another_device_is_captured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the inputs that the compile was given."""
+    case = compiled_stack()
+    x, before = case.inputs["x"], lowra.Session(case.compiled)
+    monkeypatch.setattr(session, "_moved", lambda model, program: True)
+    after = lowra.Session(case.compiled)
+    assert after.program.graph is not before.program.graph
+    torch.testing.assert_close(after(x), before(x))
+
+
+def test_a_program_knows_when_its_model_has_moved() -> None:
+    case = compiled_stack()
+    program = lowra.Session(case.compiled).program
+    assert not session._moved(case.compiled, program)
+    assert session._moved(copy.deepcopy(case.compiled).to("meta"), program)

@@ -196,9 +196,9 @@ def test_a_curve_of_one_point_or_none_is_a_picture_too() -> None:
         assert "nan" not in picture
 
 
-def test_a_run_trains_what_the_recipe_says(tmp_path: Path) -> None:
+def test_a_run_trains_what_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = student()
-    model.lowra.recipe["train"] = ["adapters", "norms"]
+    monkeypatch.setitem(model.lowra.recipe, "train", ["adapters", "norms"])  # copies share it
     report = run(model, tmp_path / "own", max_steps=2).report
     assert report["settings"]["train"] == ["adapters", "norms"]
     assert report["trainable"]["norms"] > 0
