@@ -14,6 +14,7 @@ from lowra.compiler.errors import AdapterError
 from lowra.runtime.adapter_view import base_of
 from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import quantized_linears
+from lowra.runtime.serving.batch import SiteMix
 from lowra.runtime.serving.pool import AdapterPool
 from tests.runtime.compiled_models import end_to_end, low_llama, output
 from tests.runtime.peft_models import own
@@ -274,3 +275,14 @@ def test_a_pool_under_random_load_serves_the_right_adapter_and_leaks_nothing() -
             pass
         pool.remove(name)
     assert pool.status().used_bytes == 0
+
+
+def test_layers_are_told_the_largest_rank_of_a_batch() -> None:
+    """Kernels make room by it."""
+    pool = pool_of(llama().compiled, "lora", "wide")
+    for names in (["wide", "lora"], ["lora", "wide"]):
+        with pool.use(names):
+            mixes = {name: layer.served for name, layer in pool._layers.items()}
+        ranks = {name: mix.rank for name, mix in mixes.items() if isinstance(mix, SiteMix)}
+        assert ranks["model.layers.0.self_attn.q_proj"] == 9  # of 9 and 4
+        assert ranks["model.layers.0.self_attn.k_proj"] == 2  # "lora" leaves it alone
