@@ -14,7 +14,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowra.compiler import half_products as module
+from lowra.compiler.capture import capture
 from lowra.compiler.half_products import half_products
+from lowra.compiler.pipeline import Pass, run_pipeline
+from lowra.compiler.program import Program
+from lowra.workflows.evaluate import evaluate
+from tests import models
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -163,3 +168,20 @@ def test_a_model_on_another_device_is_left_alone() -> None:
     for where, count in (("cpu", 1), ("meta", 0)):
         with half_products(model.to(where)):
             assert torch._C._len_torch_dispatch_stack() == count
+
+
+def test_passes_and_evaluation_run_within_it() -> None:
+    depths: list[int] = []
+
+    class Look(Pass):
+        name = "look"
+
+        def run(self, program: Program) -> Program:
+            depths.append(torch._C._len_torch_dispatch_stack())
+            return program
+
+    model = models.tiny_llama(layers=1)
+    run_pipeline(capture(model), [Look()])
+    model.register_forward_hook(lambda *_: depths.append(torch._C._len_torch_dispatch_stack()))
+    evaluate(model, torch.arange(16).view(2, 8))
+    assert depths == [1, 1]
