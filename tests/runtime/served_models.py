@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,5 +90,7 @@ def ids_of(batch: int, length: int = 6, seed: int = 0) -> Tensor:
     return torch.randint(3, 100, (batch, length), generator=generator)
 
 
+@functools.cache
 def llama() -> Case:
-    return bare_llama()
+    """The bare llama that pools serve: a copy, as `alone` may copy the first within a batch."""
+    return replace(bare_llama(), compiled=own(bare_llama().compiled))
