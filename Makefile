@@ -1,6 +1,7 @@
 # make help lists the targets. Each makes what it needs of .venv by itself.
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -14,7 +15,7 @@ demo: .venv/.lowra-test ## compress SmolLM2-135M and show what came of it
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/.lowra-test ## run the tests that need no GPU and little time
-	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
 
 check: .venv/.lowra-dev ## lint, format, types, import directions
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,10 @@ class GoldenFile:
 
 
 class GoldenPlugin:
-    """Hands out golden files and, at the end of a whole green run, looks for stale ones."""
+    """Hands out golden files and, at the end of a whole green run, looks for stale ones.
+
+    Workers of pytest-xdist send what they read and left out; the process that started them looks.
+    """
 
     def __init__(self, config: pytest.Config, root: Path = ROOT) -> None:
         self.root = root
@@ -80,7 +84,16 @@ class GoldenPlugin:
         if report.skipped:
             self.excused.add(golden_path(report.nodeid, self.root))
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        seen = getattr(node, "workeroutput", {}).get("golden", ())  # a crashed worker has no output
+        self.excused.update(map(Path, seen))
+
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output["golden"] = [str(path) for path in self.read | self.excused]
+            return
         if exitstatus != pytest.ExitCode.OK or not _whole_suite(session.config):
             return
         known = self.read | self.excused
@@ -98,7 +111,7 @@ class GoldenPlugin:
 
 
 def _whole_suite(config: pytest.Config) -> bool:
-    options = ("collectonly", "lf", "failedfirst", "ignore", "ignore_glob", "numprocesses")
+    options = ("collectonly", "lf", "failedfirst", "ignore", "ignore_glob")
     if any(config.getoption(option, None) for option in options):
         return False
     tests = ROOT.parent
