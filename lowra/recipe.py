@@ -13,7 +13,7 @@ from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY
 from lowra.compiler.pipeline import Pass
 from lowra.passes import AssignPrecision, TuneBlocks, TuneModel
-from lowra.passes.adapter_ranks import rank_of
+from lowra.passes.budget.adapter_ranks import rank_of
 from lowra.recipe_checks import RANKS, check_together, check_values, patterns
 from lowra.recipe_pipeline import assignment_of, passes_of
 from lowra.runtime.training import ADAPTERS
@@ -51,7 +51,7 @@ class Recipe:
     rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "two-sided"
         (rows weighted by sensitivity), "alternate" (the base quantized anew in turn), "loftq" or
         "zero". rank "auto" chooses 0, 4, 8, 16 or 32 per site, paid from the budget in competition
-        with row widths (see lowra/passes/rank_options.py).
+        with row widths (see lowra/passes/budget/rank_options.py).
     targets: patterns of the weights that get an adapter, by default all. rank_pattern: {pattern:
         rank} for the sites that match; of several, the first wins. rslora: the adapter's output is
         scaled by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) in place of alpha / rank.

@@ -14,7 +14,7 @@ from lowra.compiler.errors import BudgetError, RecipeError, nearest
 from lowra.compiler.layout import Layout
 from lowra.compiler.packing import TERNARY, WIDTHS
 from lowra.passes.correct_weights import CORRECTION_BITS
-from lowra.passes.paper_mappings import AVERAGES
+from lowra.passes.rounding.paper_mappings import AVERAGES
 from lowra.runtime.training import check_parts
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from lowra.passes import (
     TuneBlocks,
     TuneModel,
 )
-from lowra.passes.paper_mappings import AVERAGES
+from lowra.passes.rounding.paper_mappings import AVERAGES
 from lowra.recipe_checks import RANKS
 
 if TYPE_CHECKING:

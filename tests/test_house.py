@@ -40,12 +40,12 @@ def test_class_file_and_name_of_a_pass_agree(stem: str) -> None:
         for cls in vars(module).values()
         if inspect.isclass(cls) and issubclass(cls, Pass) and cls.__module__ == module.__name__
     ]
-    assert len(passes) <= 1, f"one pass per file: {[cls.__name__ for cls in passes]}"
-    for cls in passes:
-        words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
-        assert "".join(words) == cls.__name__, f"{cls.__name__} is not CamelCase"
-        assert stem == "_".join(words).lower(), f"{cls.__name__} lives in {stem}.py"
-        assert cls.name == stem.replace("_", "-")
+    assert len(passes) == 1, f"a pass per file, and nothing else: {[c.__name__ for c in passes]}"
+    (cls,) = passes
+    words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
+    assert "".join(words) == cls.__name__, f"{cls.__name__} is not CamelCase"
+    assert stem == "_".join(words).lower(), f"{cls.__name__} lives in {stem}.py"
+    assert cls.name == stem.replace("_", "-")
 
 
 def test_import_lowra_stays_light() -> None:

@@ -33,7 +33,7 @@ from lowra.adapters.factors import LowRank, balanced
 from lowra.adapters.loraquant import LoRAQuant
 from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import show_progress, stage
-from lowra.passes.adapter_budget import Budget, quantize_sites
+from lowra.passes.budget.adapter_budget import Budget, quantize_sites
 from lowra.runtime.modules import QuantizedLinear
 from lowra.workflows.models import inference
 

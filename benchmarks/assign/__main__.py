@@ -21,8 +21,8 @@ from rich.table import Table
 from benchmarks.results_file import write_results
 from lowra.compiler.storage import ROW_SCALES
 from lowra.compiler.stored_bits import row_bits
-from lowra.passes.relaxation import Assignment
-from lowra.passes.solver import solve_knapsack, solve_two_level
+from lowra.passes.budget.relaxation import Assignment
+from lowra.passes.budget.solver import solve_knapsack, solve_two_level
 
 LAYERS = 32
 SHAPES = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)

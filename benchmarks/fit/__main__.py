@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lowra  # noqa: F401 - the ops get their kernels
 from benchmarks.results_file import write_results
-from lowra.passes.lloyd import fit_rows_globally, fit_shared, gaussian_levels
+from lowra.passes.rounding.lloyd import fit_rows_globally, fit_shared, gaussian_levels
 
 SHAPES = ((4096, 4096), (1536, 576))
 WIDTHS = (1, 2, 3, 4)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lowra.passes.feedback import descend_codes, factorize, feedback_codes
-from lowra.passes.lloyd import fit_shared, gaussian_levels
+from lowra.passes.rounding.feedback import descend_codes, factorize, feedback_codes
+from lowra.passes.rounding.lloyd import fit_shared, gaussian_levels
 from lowra.workflows.bench import alternate
 
 SHAPES = ((4096, 4096), (1536, 576), (576, 1536))

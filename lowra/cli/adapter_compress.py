@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lowra.adapters.loraquant import LoRAQuant
-    from lowra.passes.adapter_budget import Budget
+    from lowra.passes.budget.adapter_budget import Budget
 
 SOME_FAILED = 9
 """Exit code where some adapters of a folder could not be compressed: AdapterError's."""
@@ -114,7 +114,7 @@ def _method(
 ) -> Budget | LoRAQuant:
     """What the options ask for. Raises RecipeError, BudgetError, and a usage error."""
     from lowra.adapters.loraquant import LoRAQuant
-    from lowra.passes.adapter_budget import Budget
+    from lowra.passes.budget.adapter_budget import Budget
 
     if loraquant is None:
         refuse_options(ctx, ("split", "clip"), "a bit budget: they are for --loraquant")

@@ -108,7 +108,7 @@ ADVANCED = (
 
 def advanced_fields(ctx: typer.Context) -> dict[str, Any]:
     """The recipe's fields that these options give; None where one was not given."""
-    from lowra.passes.adapter_ranks import parse_ranks
+    from lowra.passes.budget.adapter_ranks import parse_ranks
 
     fields = {name: ctx.params[name] for name in ADVANCED}
     for name in ("layouts", "train"):

@@ -50,11 +50,11 @@ class Statistics:
 class TokenWeights:
     """How much the model's loss minds an error at each calibration token, per group of rows.
 
-    A site's rows fall into `groups` of consecutive ones (lowra.passes.guidance.row_groups).
-    `weights` is float32 [groups, tokens], kept on disk, of mean one in each group, the tokens in
-    the order in which the calibration batches flatten. `effective` is the least of the groups'
-    effective sample sizes (sum w)^2 / sum w^2: a Gram matrix under such weights is as noisy as one
-    of so many tokens.
+    A site's rows fall into `groups` of consecutive ones
+    (lowra.passes.rounding.guidance.row_groups). `weights` is float32 [groups, tokens], kept on
+    disk, of mean one in each group, the tokens in the order in which the calibration batches
+    flatten. `effective` is the least of the groups' effective sample sizes (sum w)^2 / sum w^2: a
+    Gram matrix under such weights is as noisy as one of so many tokens.
     """
 
     weights: StoredTensor
@@ -126,7 +126,8 @@ class Codebooks:
 class LayoutFits:
     """Codebooks of a site in every layout that it may be stored in, kept on disk.
 
-    choose-layouts makes one of them the site's Codebooks (lowra.passes.stored_books reads them).
+    choose-layouts makes one of them the site's Codebooks (lowra.passes.rounding.stored_books reads
+    them).
     """
 
     widths: tuple[float, ...]

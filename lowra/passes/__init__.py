@@ -1,4 +1,7 @@
-"""One pass per file; PASSES is the whole list, by name."""
+"""One pass per file; PASSES is the whole list, by name.
+
+What passes share lies in `rounding`, `budget` and `tuning`.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from lowra.compiler.packing import TERNARY, width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.progress import stage
-from lowra.passes.pins import Pin, bill_of_pins, parse_pins, pinned_widths
-from lowra.passes.relaxation import Assignment, Floats, Ints, Rows
+from lowra.passes.budget.pins import Pin, bill_of_pins, parse_pins, pinned_widths
+from lowra.passes.budget.relaxation import Assignment, Floats, Ints, Rows
 
 UNREACHABLE = 1 << 40
 """Bits of a row no budget can pay for."""
@@ -82,7 +82,7 @@ class AssignPrecision(Pass):
             raise RecipeError(
                 "rule=paper counts whole bits and knows no width 1.6; use rule=default"
             )
-        from lowra.passes.solver import solve_two_level
+        from lowra.passes.budget.solver import solve_two_level
 
         sizes = np.concatenate([np.full(site.n, site.k) for site in program.sites])
         return solve_two_level(cost, sizes, tuple(map(int, widths)), self.budget)
@@ -90,7 +90,7 @@ class AssignPrecision(Pass):
     def _knapsack(
         self, program: Program, widths: tuple[float, ...]
     ) -> tuple[Assignment, int, tuple[int, ...] | None]:
-        from lowra.passes.solver import solve_knapsack
+        from lowra.passes.budget.solver import solve_knapsack
 
         layouts = {site.name: program.fact(site.name, Codebooks).layout for site in program.sites}
         bits, groups = _bits_of_rows(program.sites, layouts, widths), self._groups(program)
@@ -98,7 +98,7 @@ class AssignPrecision(Pass):
             program, self.pinned_cost(program, _cost(program), widths), bits, widths, layouts
         )
         if self.ranks:
-            from lowra.passes.rank_options import solve_with_ranks
+            from lowra.passes.budget.rank_options import solve_with_ranks
 
             plan, chosen = solve_with_ranks(
                 program, Rows(cost, bits, groups), budget, self.ranks, SOLVER_EFFORT

@@ -18,9 +18,9 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.spill import StoredTensor
 from lowra.passes.assign_precision import AssignPrecision
-from lowra.passes.frontier import Frontier, frontier, price_of_bits, ranked
-from lowra.passes.relaxation import Floats
-from lowra.passes.stored_books import in_layouts
+from lowra.passes.budget.frontier import Frontier, frontier, price_of_bits, ranked
+from lowra.passes.budget.relaxation import Floats
+from lowra.passes.rounding.stored_books import in_layouts
 
 Plan = tuple[int, ...]
 """Per unit, the index of its layout."""
@@ -34,11 +34,12 @@ class ChooseLayouts(Pass):
     """Give each site one of the layouts that fit-codebooks fitted, and the codebooks of it.
 
     A layout that stores more (scales per group, a codebook per row) leaves rows fewer bits, so both
-    are priced together: the Lagrangian relaxation of layouts and widths (lowra.passes.frontier),
-    with the stored bits of assign-precision. Its most promising answers, and each layout for all
-    sites, are planned as assign-precision will do it, unless their dual bound rules them out; the
-    one of least expected loss stays. So no single layout for all sites loses less within the
-    budget, and where the bound rules out all that were not looked at, nothing else does.
+    are priced together: the Lagrangian relaxation of layouts and widths
+    (lowra.passes.budget.frontier), with the stored bits of assign-precision. Its most promising
+    answers, and each layout for all sites, are planned as assign-precision will do it, unless their
+    dual bound rules them out; the one of least expected loss stays. So no single layout for all
+    sites loses less within the budget, and where the bound rules out all that were not looked at,
+    nothing else does.
 
     The options are those of assign-precision; pins, counted adapters and corrections hold. With
     unit "siblings", sites that share a width share a layout too. Expected losses are those of

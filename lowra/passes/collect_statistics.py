@@ -17,7 +17,7 @@ from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.spill import StoredTensor, write_tensors
-from lowra.passes.activations import Moments, Runner, Squares, Values
+from lowra.passes.rounding.activations import Moments, Runner, Squares, Values
 
 Batch = tuple[Tensor, ...]
 

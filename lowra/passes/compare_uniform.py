@@ -26,12 +26,12 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import PackedWeight
-from lowra.passes.activations import Runner
-from lowra.passes.divergence import divergence
-from lowra.passes.moments import MomentsReader
-from lowra.passes.plan_bits import Counted, plan_bits
-from lowra.passes.quantizer import quantize
-from lowra.passes.stored_books import in_layouts
+from lowra.passes.budget.plan_bits import Counted, plan_bits
+from lowra.passes.rounding.activations import Runner
+from lowra.passes.rounding.moments import MomentsReader
+from lowra.passes.rounding.quantizer import quantize
+from lowra.passes.rounding.stored_books import in_layouts
+from lowra.passes.tuning.divergence import divergence
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import ROW_SCALES, PackedWeight, pack_weight
-from lowra.passes.feedback import factorize, feedback_codes
-from lowra.passes.lloyd import fit_shared, gaussian_levels
-from lowra.passes.low_rank import alternate, closed_form
-from lowra.passes.moments import InputMoments, MomentsReader
-from lowra.passes.quantizer import quantize
+from lowra.passes.rounding.feedback import factorize, feedback_codes
+from lowra.passes.rounding.lloyd import fit_shared, gaussian_levels
+from lowra.passes.rounding.low_rank import alternate, closed_form
+from lowra.passes.rounding.moments import InputMoments, MomentsReader
+from lowra.passes.rounding.quantizer import quantize
 
 CORRECTION_BITS = (4, 8)
 """Bits per value that a factor can be stored in."""

@@ -18,13 +18,13 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
-from lowra.passes.feedback import feedback_codes, nearest_codes, scale_index
-from lowra.passes.lloyd import Fit, fit_rows_globally, fit_shared, gaussian_levels
-from lowra.passes.moments import InputMoments, MomentsReader, output_error
-from lowra.passes.paper_mappings import block_absmax, learn_mapping
-from lowra.passes.quantizer import row_tables, rows_of
-from lowra.passes.refine import Rounded
-from lowra.passes.stored_books import books_from, flat_books
+from lowra.passes.rounding.feedback import feedback_codes, nearest_codes, scale_index
+from lowra.passes.rounding.lloyd import Fit, fit_rows_globally, fit_shared, gaussian_levels
+from lowra.passes.rounding.moments import InputMoments, MomentsReader, output_error
+from lowra.passes.rounding.paper_mappings import block_absmax, learn_mapping
+from lowra.passes.rounding.quantizer import row_tables, rows_of
+from lowra.passes.rounding.refine import Rounded
+from lowra.passes.rounding.stored_books import books_from, flat_books
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""

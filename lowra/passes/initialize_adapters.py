@@ -24,13 +24,13 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate, unrotate
 from lowra.compiler.storage import PackedWeight
-from lowra.passes.adapter_ranks import check_patterns, parse_ranks, rank_of, scaling_of
+from lowra.passes.budget.adapter_ranks import check_patterns, parse_ranks, rank_of, scaling_of
 from lowra.passes.correct_weights import requantized
 from lowra.passes.fit_codebooks import paper_codebooks
-from lowra.passes.low_rank import Factors, alternate, closed_form, two_sided
-from lowra.passes.moments import MomentsReader, moments_of_prefix, output_error
-from lowra.passes.paper_mappings import block_absmax
-from lowra.passes.quantizer import quantize
+from lowra.passes.rounding.low_rank import Factors, alternate, closed_form, two_sided
+from lowra.passes.rounding.moments import MomentsReader, moments_of_prefix, output_error
+from lowra.passes.rounding.paper_mappings import block_absmax
+from lowra.passes.rounding.quantizer import quantize
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program
 from lowra.compiler.progress import stage
 from lowra.compiler.spill import StoredTensor, stored_names, write_tensors
-from lowra.passes.guidance import row_groups
+from lowra.passes.rounding.guidance import row_groups
 
 log = logging.getLogger("lowra")
 

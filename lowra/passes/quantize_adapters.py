@@ -11,7 +11,7 @@ from lowra.compiler.errors import RecipeError
 from lowra.compiler.facts import Adapter, Packed, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program
-from lowra.passes.adapter_budget import Budget, quantize_sites
+from lowra.passes.budget.adapter_budget import Budget, quantize_sites
 from lowra.passes.tune_adapters import judged
 
 BUDGET = "budget"

@@ -26,10 +26,15 @@ from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.spill import StoredTensor, write_tensors
 from lowra.compiler.storage import from_tensors
-from lowra.passes.guidance import Guides, guides_alone, guides_behind
-from lowra.passes.moments import InputMoments, MomentsReader, moments_of_prefix, output_error
-from lowra.passes.prefix import PrefixStream, prefix_order
-from lowra.passes.quantizer import quantize, quantize_guided
+from lowra.passes.rounding.guidance import Guides, guides_alone, guides_behind
+from lowra.passes.rounding.moments import (
+    InputMoments,
+    MomentsReader,
+    moments_of_prefix,
+    output_error,
+)
+from lowra.passes.rounding.prefix import PrefixStream, prefix_order
+from lowra.passes.rounding.quantizer import quantize, quantize_guided
 
 Key = tuple[str, ...]
 Facts = dict[str, list[object]]

@@ -12,7 +12,7 @@ from lowra.compiler.facts import Assigned, Codebooks, Precision, Proof
 from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program
-from lowra.passes.plan_bits import Counted, plan_bits
+from lowra.passes.budget.plan_bits import Counted, plan_bits
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, largest_block, rotate, rotate_gram
 from lowra.compiler.storage import ROW_SCALES
-from lowra.passes.feedback import feedback_codes
 from lowra.passes.fit_codebooks import FitCodebooks, row_weight
-from lowra.passes.moments import InputMoments, moments_of
-from lowra.passes.quantizer import row_tables
-from lowra.passes.refine import Rounded
+from lowra.passes.rounding.feedback import feedback_codes
+from lowra.passes.rounding.moments import InputMoments, moments_of
+from lowra.passes.rounding.quantizer import row_tables
+from lowra.passes.rounding.refine import Rounded
 
 RULES = ("always", "measured", "never")
 TRIAL_ROWS = 48

@@ -15,11 +15,11 @@ from lowra.compiler.facts import Adapter, AdapterTuning, Packed, Statistics
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation, rotate
-from lowra.passes.adam import Adam
-from lowra.passes.block_runner import Linears, Product
-from lowra.passes.model_training import require_next_tokens, train
-from lowra.passes.moments import output_error
-from lowra.passes.packed_product import packed_product
+from lowra.passes.rounding.moments import output_error
+from lowra.passes.tuning.adam import Adam
+from lowra.passes.tuning.block_runner import Linears, Product
+from lowra.passes.tuning.model_training import require_next_tokens, train
+from lowra.passes.tuning.packed_product import packed_product
 
 
 @dataclass(frozen=True)

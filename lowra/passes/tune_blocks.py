@@ -16,16 +16,23 @@ from lowra.compiler.program import Program
 from lowra.compiler.progress import Stage, stage
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import from_tensors
-from lowra.passes.block_runner import BlockRunner, Linears, Product, Values, product, run_frozen
-from lowra.passes.block_training import BlockTask, train_block
-from lowra.passes.moments import output_error
-from lowra.passes.panels import rotated_values
-from lowra.passes.tuning import (
+from lowra.passes.rounding.moments import output_error
+from lowra.passes.rounding.panels import rotated_values
+from lowra.passes.tuning.batches import (
     data_fingerprint,
     split_batches,
     tunable_blocks,
     with_tensors,
 )
+from lowra.passes.tuning.block_runner import (
+    BlockRunner,
+    Linears,
+    Product,
+    Values,
+    product,
+    run_frozen,
+)
+from lowra.passes.tuning.block_training import BlockTask, train_block
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, with_tables
-from lowra.passes.adam import Adam
-from lowra.passes.block_runner import Linears, Product
-from lowra.passes.model_training import require_next_tokens, train
-from lowra.passes.moments import output_error
-from lowra.passes.packed_product import packed_product
-from lowra.passes.tuning import with_tensors
+from lowra.passes.rounding.moments import output_error
+from lowra.passes.tuning.adam import Adam
+from lowra.passes.tuning.batches import with_tensors
+from lowra.passes.tuning.block_runner import Linears, Product
+from lowra.passes.tuning.model_training import require_next_tokens, train
+from lowra.passes.tuning.packed_product import packed_product
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lowra.adapters.loraquant import LoRAQuant
 from lowra.compiler.errors import AdapterError, LowraError, RecipeError
 from lowra.compiler.packed_adapter import PackedAdapter, PackedSite
 from lowra.compiler.progress import stage
-from lowra.passes.adapter_budget import Budget, quantize_sites
+from lowra.passes.budget.adapter_budget import Budget, quantize_sites
 from lowra.runtime.adapter_files import (
     CONFIG,
     WEIGHTS,

@@ -16,8 +16,8 @@ from lowra.compiler.facts import AdapterRank, Assigned, Packed, Precision, Stati
 from lowra.compiler.layout import Layout
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.rotation import Rotation
-from lowra.passes.pins import Pin, bill_of_pins, pinned_widths
-from lowra.passes.plan_bits import Counted, plan_bits
+from lowra.passes.budget.pins import Pin, bill_of_pins, pinned_widths
+from lowra.passes.budget.plan_bits import Counted, plan_bits
 from lowra.recipe import Recipe
 from lowra.workflows.plan_estimates import expected_error, stage_estimates
 from lowra.workflows.plan_file import encode_widths

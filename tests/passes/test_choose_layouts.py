@@ -31,7 +31,7 @@ from lowra.passes import (
     RotateInputs,
     choose_layouts,
 )
-from lowra.passes.stored_books import flat_books, in_layouts
+from lowra.passes.rounding.stored_books import flat_books, in_layouts
 from tests.golden_text import GoldenFile
 from tests.passes.chain import X, chain
 from tests.passes.site_programs import compiled, site_program, two_sites

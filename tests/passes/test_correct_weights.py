@@ -18,9 +18,9 @@ from lowra.passes import (
     QuantizeWeights,
 )
 from lowra.passes.correct_weights import stored_correction
-from lowra.passes.feedback import factorize
-from lowra.passes.low_rank import closed_form
-from lowra.passes.moments import InputMoments
+from lowra.passes.rounding.feedback import factorize
+from lowra.passes.rounding.low_rank import closed_form
+from lowra.passes.rounding.moments import InputMoments
 from tests.passes.site_programs import (
     CyclicWidths,
     compiled,

@@ -14,7 +14,7 @@ from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.compiler.storage import scale_groups
 from lowra.passes import FitCodebooks
-from lowra.passes.quantizer import quantize
+from lowra.passes.rounding.quantizer import quantize
 from tests.passes.site_programs import (
     compiled,
     compiled_afresh,

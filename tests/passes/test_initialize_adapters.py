@@ -10,8 +10,8 @@ from lowra.compiler.facts import Adapter, Packed
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.passes import FitCodebooks, InitializeAdapters, QuantizeWeights
-from lowra.passes.feedback import DAMPING
-from lowra.passes.low_rank import closed_form
+from lowra.passes.rounding.feedback import DAMPING
+from lowra.passes.rounding.low_rank import closed_form
 from tests.passes.site_programs import (
     CyclicWidths,
     compiled,

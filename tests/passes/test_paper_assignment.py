@@ -15,8 +15,8 @@ import torch
 from lowra.compiler.facts import Precision
 from lowra.compiler.pipeline import run_pipeline
 from lowra.passes import AssignPrecision
-from lowra.passes.kmeans import kmeans
-from lowra.passes.solver import (
+from lowra.passes.budget.kmeans import kmeans
+from lowra.passes.budget.solver import (
     _cluster_counts,
     _split_clusters,
     solve_knapsack,
@@ -153,6 +153,6 @@ def test_the_paper_uses_128_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(clusters)
         return kmeans(points, clusters, seed=seed)
 
-    monkeypatch.setattr("lowra.passes.solver.kmeans", counted)
+    monkeypatch.setattr("lowra.passes.budget.solver.kmeans", counted)
     widths_under(1.75)
     assert asked == [128]

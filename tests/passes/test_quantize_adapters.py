@@ -12,7 +12,7 @@ from lowra.compiler.pipeline import parse_pipeline, print_pipeline, run_pipeline
 from lowra.compiler.printer import print_program
 from lowra.compiler.program import Program
 from lowra.passes import PASSES, FitCodebooks, InitializeAdapters, QuantizeAdapters, QuantizeWeights
-from lowra.passes.moments import output_error
+from lowra.passes.rounding.moments import output_error
 from tests.passes.site_programs import CyclicWidths, compiled
 
 BEFORE = (

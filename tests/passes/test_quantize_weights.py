@@ -18,9 +18,9 @@ from lowra.compiler.program import Program
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.spill import Spill
 from lowra.passes import FitCodebooks, QuantizeWeights, quantize_weights
-from lowra.passes.feedback import DAMPING
-from lowra.passes.moments import output_error
-from lowra.passes.quantizer import row_tables
+from lowra.passes.rounding.feedback import DAMPING
+from lowra.passes.rounding.moments import output_error
+from lowra.passes.rounding.quantizer import row_tables
 from tests.passes.site_programs import (
     CyclicWidths,
     compiled,

@@ -17,16 +17,11 @@ from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.printer import print_program
 from lowra.compiler.program import Program
 from lowra.compiler.rotation import rotate
-from lowra.passes import (
-    CorrectWeights,
-    InitializeAdapters,
-    RewriteLinears,
-    TuneAdapters,
-    model_training,
-)
-from lowra.passes.divergence import divergence
+from lowra.passes import CorrectWeights, InitializeAdapters, RewriteLinears, TuneAdapters
 from lowra.passes.tune_adapters import _Student
-from lowra.passes.tuning import held_out, split_batches, with_tensors
+from lowra.passes.tuning import model_training
+from lowra.passes.tuning.batches import held_out, split_batches, with_tensors
+from lowra.passes.tuning.divergence import divergence
 from tests.passes.tuned_programs import quantized, same, tuned
 
 STEP = TuneAdapters(steps=24, batch_tokens=64, rate=0.02, check=8)

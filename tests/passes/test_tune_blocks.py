@@ -14,10 +14,11 @@ from lowra.compiler.blocks import find_blocks
 from lowra.compiler.errors import CalibrationError, CaptureError
 from lowra.compiler.facts import BlockTuning, Packed
 from lowra.compiler.program import Program
-from lowra.passes import TuneBlocks, block_training, tune_blocks
-from lowra.passes.block_runner import BlockRunner
+from lowra.passes import TuneBlocks, tune_blocks
 from lowra.passes.tune_blocks import frozen_block
-from lowra.passes.tuning import held_out, split_batches
+from lowra.passes.tuning import block_training
+from lowra.passes.tuning.batches import held_out, split_batches
+from lowra.passes.tuning.block_runner import BlockRunner
 from tests.compiler.captured import normalized
 from tests.passes.tuned_programs import data, quantized, same, tuned
 

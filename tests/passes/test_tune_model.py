@@ -14,8 +14,9 @@ from torch.nn import functional
 from lowra.compiler.errors import CalibrationError, CaptureError
 from lowra.compiler.facts import ModelTuning, Packed
 from lowra.compiler.program import Program
-from lowra.passes import TuneModel, model_training
-from lowra.passes.divergence import divergence
+from lowra.passes import TuneModel
+from lowra.passes.tuning import model_training
+from lowra.passes.tuning.divergence import divergence
 from tests.passes.tuned_programs import quantized, same, tuned
 
 STEP = TuneModel(steps=12, batch_tokens=64, rate=0.005, check=4)

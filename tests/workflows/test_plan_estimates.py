@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowra.passes.lloyd import gaussian_levels
+from lowra.passes.rounding.lloyd import gaussian_levels
 from lowra.workflows.plan_estimates import COSTS, GAUSSIAN_ERROR, expected_error
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compile.json"

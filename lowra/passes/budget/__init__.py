@@ -1,0 +1,1 @@
+"""Who gets how many bits and which rank: knapsacks, their relaxation, pins, what a plan stores."""

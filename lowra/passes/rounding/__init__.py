@@ -1,0 +1,1 @@
+"""How a weight becomes codes: moments of inputs, codebooks, error feedback, refinement."""

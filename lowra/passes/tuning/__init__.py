@@ -1,0 +1,1 @@
+"""Training within a compile: blocks against the original, and models end to end."""
