@@ -23,6 +23,7 @@ from lowra.backends.triton.keys import (
     ValuesKey,
     weight_key,
 )
+from lowra.backends.triton.rounding import rounding_key
 from lowra.backends.triton.schedule import linear_blocks, values_blocks
 from lowra.backends.triton.static import (
     Machine,
@@ -243,6 +244,23 @@ def test_the_other_kernels_compile_everywhere(target: str) -> None:
         assert machine(keys[0]).counts["STG.E.128"]  # 16 bytes of values per store
         signals = "griddepcontrol.launch_dependents" in compiled(keys[1]).texts["ptx"]
         assert signals == on.overlaps
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["sm90", "gfx942", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm80", "sm100"))],
+)
+@pytest.mark.parametrize("levels", [4, 256])
+def test_kernels_that_round_compile_everywhere(target: str, levels: int) -> None:
+    for descends in (False, True):
+        key = rounding_key(BY_NAME[target], descends, True, levels)
+        static = compiled(key)
+        if target == "gfx942":
+            assert "vgpr_spill_count: 0" in static.texts["amdgcn"]
+            continue
+        assert no_spills(machine(key))
+        longest = max(loop.total() for loop in loop_instructions(machine(key)))
+        assert longest < 1000, "instructions per column"
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"target": 7}'])

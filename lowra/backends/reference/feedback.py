@@ -16,16 +16,15 @@ def feedback_codes(
     """Columns in turn, each error spread over the columns still to come; behind a panel of
     columns as one product."""
     n, k = weight.shape
-    w = weight.T.contiguous()
-    factors = torch.ones(1, n) if scales is None else scales.T.contiguous()
-    thresholds = ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
-    finite = torch.where(torch.isinf(tables), torch.zeros(()), tables)
-    codes = torch.empty(k, n, dtype=torch.uint8)
+    w = weight.T.clone(memory_format=torch.contiguous_format)
+    factors = weight.new_ones(1, n) if scales is None else scales.T.contiguous()
+    thresholds, finite, places = _thresholds(tables), _finite(tables), columns.tolist()
+    codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
     for start in range(0, k, PANEL):
         end = min(start + PANEL, k)
-        errors = torch.empty(end - start, n)
+        errors = weight.new_empty(end - start, n)
         for i in range(start, end):
-            scale = factors[columns[i]]
+            scale = factors[places[i]]
             code = torch.searchsorted(thresholds, (w[i] / scale).unsqueeze(1))
             level = finite.gather(1, code).squeeze(1) * scale
             error = (w[i] - level) / upper[i, i]
@@ -43,15 +42,14 @@ def descend_codes(
     value of column i is q_i + (e G)_i / G_ii, rounded. No step raises e G e'."""
     n, k = weight.shape
     codes = codes.clone()
-    factors = torch.ones(1, n) if scales is None else scales.T.contiguous()
-    thresholds = ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
-    finite = torch.where(torch.isinf(tables), torch.zeros(()), tables)
-    values = (finite.gather(1, codes.long()).T * factors[columns]).contiguous()
+    factors = weight.new_ones(1, n) if scales is None else scales.T.contiguous()
+    thresholds, finite, places = _thresholds(tables), _finite(tables), columns.tolist()
+    values = values_of(tables, scales, columns, codes)
     slope = gram @ (weight.T - values) if slope is None else slope.T.clone()
     for _ in range(sweeps):
         before = codes.clone()
         for i in range(k):
-            scale = factors[columns[i]]
+            scale = factors[places[i]]
             wanted = values[i] + slope[i] / gram[i, i]
             code = torch.searchsorted(thresholds, (wanted / scale).unsqueeze(1))
             value = finite.gather(1, code).squeeze(1) * scale
@@ -60,6 +58,20 @@ def descend_codes(
         if torch.equal(before, codes):
             break
     return codes, slope.T.contiguous()
+
+
+def values_of(tables: Tensor, scales: Tensor | None, columns: Tensor, codes: Tensor) -> Tensor:
+    """What codes uint8 [n, k] stand for: float32 [k, n]."""
+    values = _finite(tables).gather(1, codes.long()).T
+    return (values if scales is None else values * scales.T[columns]).contiguous()
+
+
+def _thresholds(tables: Tensor) -> Tensor:
+    return ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
+
+
+def _finite(tables: Tensor) -> Tensor:
+    return torch.where(torch.isinf(tables), torch.zeros(()), tables)
 
 
 for _kernel in (feedback_codes, descend_codes):

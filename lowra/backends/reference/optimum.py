@@ -35,10 +35,13 @@ def borders(values: Tensor) -> Tensor:
     """
     n, k = values.shape
     if k <= CANDIDATES:
-        return torch.arange(k + 1).expand(n, -1)
+        return torch.arange(k + 1, device=values.device).expand(n, -1)
     low, high = values[:, :1], values[:, -1:]
-    place = torch.arange(k) / k + (values - low) / (high - low).clamp_min(1e-300)
-    steps = torch.arange(1, CANDIDATES, dtype=torch.float64) * (2 / CANDIDATES)
+    place = torch.arange(k, device=values.device) / k + (values - low) / (high - low).clamp_min(
+        1e-300
+    )
+    steps = torch.arange(1, CANDIDATES, dtype=torch.float64, device=values.device)
+    steps = steps * (2 / CANDIDATES)
     inner = torch.searchsorted(place.contiguous(), steps.expand(n, -1).contiguous())
     return torch.cat((inner.new_zeros(n, 1), inner, inner.new_full((n, 1), k)), 1)
 
@@ -51,7 +54,8 @@ def _optimal(rows: SortedRows, counts: list[int]) -> list[Tensor]:
     # An interval's loss is its energy less s^2 / m; the energies of all intervals sum to the row's.
     cost = torch.where(m > 0, -s * s / m.clamp_min(1e-300), 0.0)
     size = edges.shape[1]
-    cost = cost.masked_fill(torch.ones(size, size).tril(-1).bool(), torch.inf)
+    backwards = torch.ones(size, size, dtype=torch.bool, device=cost.device).tril(-1)
+    cost = cost.masked_fill(backwards, torch.inf)
     least = [cost[:, 0]]
     for _ in range(max(counts) - 1):
         least.append((least[-1].unsqueeze(2) + cost).amin(1))
@@ -63,13 +67,13 @@ def _levels(
 ) -> Tensor:
     """Means of the intervals of the best cut, from the last to the first."""
     n, size = edges.shape
-    place = torch.full((n, 1, 1), size - 1)
+    place = torch.full((n, 1, 1), size - 1, device=cost.device)
     cuts = [place.view(n, 1)]
     for before in least[: count - 1][::-1]:
         here = cost.gather(2, place.expand(-1, size, -1)).squeeze(2)
         place = (before + here).argmin(1).view(n, 1, 1)
         cuts.append(place.view(n, 1))
-    cuts.append(torch.zeros(n, 1, dtype=torch.int64))
+    cuts.append(torch.zeros(n, 1, dtype=torch.int64, device=cost.device))
     chosen = edges.gather(1, torch.cat(cuts[::-1], 1))
     mass = rows.mass.gather(1, chosen).diff(dim=1)
     moment = rows.moment.gather(1, chosen).diff(dim=1)

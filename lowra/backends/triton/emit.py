@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowra.backends.triton.emit_adapters import PAGES, READ, expand_body, gather_body
 from lowra.backends.triton.emit_inputs import rotate_body, shrink_body
 from lowra.backends.triton.emit_linear import linear_body, linear_reading
+from lowra.backends.triton.emit_rounding import rounding_body
 from lowra.backends.triton.emit_values import values_body, values_reading
 from lowra.backends.triton.keys import (
     TERNARY_ID,
@@ -13,6 +14,7 @@ from lowra.backends.triton.keys import (
     Key,
     LinearKey,
     RotateKey,
+    RoundKey,
     ShrinkKey,
     ValuesKey,
     WeightKey,
@@ -60,6 +62,8 @@ def _body(key: Key) -> list[str]:
             return gather_body(key)
         case ExpandKey():
             return expand_body(key)
+        case RoundKey():
+            return rounding_body(key)
 
 
 def arguments(key: Key) -> list[str]:
@@ -75,6 +79,11 @@ def arguments(key: Key) -> list[str]:
     if isinstance(key, ExpandKey):
         given = ["scalings", "slots", "weights", "hidden"]
         return ["y", "out", *PAGES, *given, "m", "n", "place", "places", "rank", "parts"]
+    if isinstance(key, RoundKey):
+        values = ["values"] if key.descends else []
+        scales = ["scales", "columns"] if key.scaled else []
+        out = ["codes", "changes"]
+        return ["given", *values, "matrix", "tables", *scales, *out, "first", "n", "k", "levels"]
     tensors = [
         *(["bias"] if key.bias else []), *(["hidden", "lora_b"] if key.rank else []),
         *(["partial", "counters"] if key.split else []),

@@ -174,11 +174,30 @@ class ExpandKey:
         return _of_adapters(f"expand-{self.out_dtype}", self.target, self.dtype, self.blocks)
 
 
+@dataclass(frozen=True)
+class RoundKey:
+    """Codes of a panel of columns, for error feedback or, where it `descends`, coordinate descent;
+    see emit_rounding.py. levels: of a row's table, rounded up to a power of two."""
+
+    target: Target
+    descends: bool
+    scaled: bool
+    levels: int
+    blocks: Blocks
+
+    @property
+    def name(self) -> str:
+        what = "descend" if self.descends else "feedback"
+        scaled = ["scaled"] if self.scaled else []
+        sizes = f"{self.blocks.rows}w{self.blocks.warps}"
+        return "-".join([what, self.target.name, f"l{self.levels}", *scaled, sizes])
+
+
 def _of_adapters(what: str, target: Target, dtype: str, blocks: Blocks) -> str:
     return f"{what}-{target.name}-{dtype}-{blocks.tokens}w{blocks.warps}s{blocks.stages}"
 
 
-Key = LinearKey | ValuesKey | ShrinkKey | RotateKey | GatherKey | ExpandKey
+Key = LinearKey | ValuesKey | ShrinkKey | RotateKey | GatherKey | ExpandKey | RoundKey
 
 
 def weight_key(panels: list[int], k: int, group: int, own: bool, permuted: bool) -> WeightKey:

@@ -7,13 +7,14 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from lowra.backends.triton.targets import Target, cuda_target, hip_target
 
 log = logging.getLogger("lowra")
+T = TypeVar("T")
 SWITCH = "LOWRA_GPU_KERNELS"
 """These kernels serve unless it is "off"."""
 
@@ -43,9 +44,7 @@ failures: list[str] = []
 """Why a kernel could not be built or launched: from then on plain torch serves."""
 
 
-def served(
-    target: Target, kernels: Callable[[], Tensor], reference: Callable[[], Tensor]
-) -> Tensor:
+def served(target: Target, kernels: Callable[[], T], reference: Callable[[], T]) -> T:
     """What the kernels give; where one cannot be built or launched, what plain torch gives.
 
     No room raises as it does anywhere, and so does the interpreter's target.

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
-from lowra.backends.triton.keys import ExpandKey, GatherKey, Key, ShrinkKey
+from lowra.backends.triton.keys import ExpandKey, GatherKey, Key, RoundKey, ShrinkKey
 
 POINTERS = {
     "codes": "*i32", "code_bytes": "*u8", "books": "*fp16", "scales": "*fp16", "order": "*i32",
@@ -63,8 +63,10 @@ def _triton(module: str = "") -> Any:
 def _type(name: str, key: Key) -> str:
     if name == "scaling":
         return "fp32"
-    if name in ("m", "rank", "place", "places", "parts", *ALIGNED_NUMBERS):
+    if name in ("m", "rank", "place", "places", "parts", "first", "levels", *ALIGNED_NUMBERS):
         return "i32"
+    if isinstance(key, RoundKey):
+        return {"codes": "*u8", "columns": "*i64"}.get(name, "*fp32")
     if name == "hidden" and isinstance(key, GatherKey | ExpandKey):
         return "*fp32"
     if name == "out" and isinstance(key, ExpandKey):
