@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowra.compiler.capture import capture
 from lowra.compiler.errors import CaptureError, RecipeError
+from lowra.compiler.offload import Offload, offload, work_device
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.progress import record_stages, stage
@@ -52,12 +53,15 @@ def compile(
     tokenizer: Any = None,
     example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
     work_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> M:
     """Compress a model's linears and return a model of the same class; `model` is left as it was.
 
     Compiling works on the CPU: a model on another device is copied there, writes its own
-    calibration text where it is, and the result is put beside it.
+    calibration text where it is, and the result is put beside it. With `device="cuda"` the heavy
+    part of the work goes to a GPU and comes back, wherever the model lies; results differ from
+    those of a CPU as sums in another order do.
 
     Parameters: `recipe`, or its fields as keywords (`bit_budget=1.5`); `calibration`, texts, a
     .txt path or token ids int64 [windows, length] (for a model that takes no tokens: tuples of its
@@ -74,6 +78,7 @@ def compile(
     recipe = _recipe(recipe, options) if planned is None else Recipe.from_dict(planned["recipe"])
     _require_dense(model)
     _require_weights(model)
+    place = work_device(device)
     begun = time.perf_counter()
     work = on_cpu(model)
     with record_stages() as stages, torch.no_grad():
@@ -86,7 +91,7 @@ def compile(
         else:
             _refuse_siblings(program, recipe)
         program = _with_data(program, model, recipe, calibration, tokenizer, work_dir)
-        program = run_pipeline(program, recipe.passes(replay)[1:])
+        program = run_pipeline(program, recipe.passes(replay)[1:], heavy=_heavy(place, program))
         view = put_like(build_module_view(work, program), model)
     report = make_report(program, stages, time.perf_counter() - begun)
     # The statistics are not needed any more: a temporary spill folder goes with this object.
@@ -108,6 +113,7 @@ def plan(
     tokenizer: Any = None,
     example: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
     work_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Plan:
     """What compiling would do: sites, what is skipped and why, the reachable interval, sizes,
@@ -119,11 +125,14 @@ def plan(
 
     `measure` loads the weights and runs the passes of a compile that choose widths: the plan then
     holds the width of every row and the loss that they are expected to cost, and a compile replays
-    it. `calibration`, `tokenizer` and `work_dir` are as in `compile`, and need `measure`; a compile
-    with the same `work_dir` takes statistics and codebooks from it. Raises what `compile` raises.
+    it. `calibration`, `tokenizer`, `work_dir` and `device` are as in `compile`, and need `measure`;
+    a compile with the same `work_dir` takes statistics and codebooks from it. Raises what `compile`
+    raises.
     """
     recipe = _recipe(recipe, options)
-    given = {"calibration": calibration, "tokenizer": tokenizer, "work_dir": work_dir}
+    given = {
+        "calibration": calibration, "tokenizer": tokenizer, "work_dir": work_dir, "device": device,
+    }  # fmt: skip
     for name, value in given.items():
         if value is not None and not measure:
             raise RecipeError(f"{name} is read where a plan is measured: add measure=True")
@@ -132,7 +141,7 @@ def plan(
         tokenizer = found if tokenizer is None else tokenizer
     _require_dense(model)
     if measure:
-        return _measured_plan(model, recipe, example, calibration, tokenizer, work_dir)
+        return _measured_plan(model, recipe, example, calibration, tokenizer, work_dir, device)
     with torch.no_grad():
         program = _captured(model, recipe, example)
     check_budget(program, recipe)
@@ -235,9 +244,11 @@ def _captured(
 def _measured_plan(
     model: nn.Module, recipe: Recipe, example: Mapping[str, Tensor] | tuple[Tensor, ...] | None,
     calibration: Any, tokenizer: Any, work_dir: str | Path | None,
+    device: str | torch.device | None,
 ) -> Plan:  # fmt: skip
     """The plan after the passes of a compile that choose widths."""
     _require_weights(model)
+    place = work_device(device)
     begun = time.perf_counter()
     work = on_cpu(model)
     with record_stages() as stages, torch.no_grad():
@@ -248,9 +259,15 @@ def _measured_plan(
         passes = recipe.passes()[1:]
         for step in passes:
             step.require(program)  # also of those that only a compile runs
-        program = run_pipeline(program, tuple(takewhile(_chooses, passes)))
+        chosen = tuple(takewhile(_chooses, passes))
+        program = run_pipeline(program, chosen, heavy=_heavy(place, program))
     seconds = {**stages, "total": time.perf_counter() - begun}
     return make_plan(program, recipe, kept_bytes(work, program), seconds)
+
+
+def _heavy(place: torch.device | None, program: Program) -> Offload | None:
+    """Where a compile's heavy work is done; None for the CPU."""
+    return None if place is None else offload(place, list(program.tensors.values()))
 
 
 def _refuse_siblings(program: Program, recipe: Recipe) -> None:

@@ -17,4 +17,11 @@ CalibrationTokensOption = Annotated[
 ContextOption = Annotated[
     int | None, typer.Option(help="Tokens per calibration window; by default as Recipe says.")
 ]
+WorkDeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE",
+        help="Where the heavy part of the work is done: cpu, cuda, cuda:1. [cpu]",
+    ),
+]  # fmt: skip
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn.")]

@@ -32,6 +32,7 @@ from lowra.cli.calibration_options import (
     CalibrationTokensOption,
     ContextOption,
     SeedOption,
+    WorkDeviceOption,
 )
 from lowra.cli.options import (
     CountAdaptersOption,
@@ -106,6 +107,7 @@ def compile_model(
         typer.Option(metavar="PLAN.json", help="Write the plan, with the widths of all rows."),
     ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
+    device: WorkDeviceOption = None,
     overwrite: OverwriteOption = False,
     layouts: LayoutsOption = None,
     group: GroupOption = None,
@@ -130,9 +132,11 @@ def compile_model(
 
     Finished work is kept beside OUT: interrupted, the same command goes on where it was.
     """
+    from lowra.compiler.offload import work_device
     from lowra.compiler.progress import show_progress
     from lowra.workflows.plan_file import check_plan_path, read_plan, write_plan
 
+    work_device(device)  # refuses one that is not there
     if plan is not None:
         refuse_options(ctx, RECIPE_OPTIONS, "--plan, which holds the recipe")
         what: dict[str, Any] = {"plan": read_plan(plan)}
@@ -150,7 +154,8 @@ def compile_model(
         check_plan_path(save_plan, overwrite)
     with work_folder(out, work_dir, ctx.obj.note) as folder, show_progress():
         ctx.obj.resumable = True
-        info = _compile(model, dtype, what, calibration, folder, out, overwrite)
+        what |= {"device": device, "work_dir": folder}
+        info = _compile(model, dtype, what, calibration, out, overwrite)
     data = {"model": model, "path": str(out), "recipe": dict(info.recipe), **info.report}
     if save_plan is not None:
         data["plan"] = str(write_plan(info.plan, save_plan, overwrite))
@@ -158,10 +163,10 @@ def compile_model(
 
 
 def _compile(
-    source: str, dtype: Dtype, what: dict[str, Any], calibration: Path | None, folder: Path,
-    out: Path, overwrite: bool,
+    source: str, dtype: Dtype, what: dict[str, Any], calibration: Path | None, out: Path,
+    overwrite: bool,
 ) -> Compiled:  # fmt: skip
-    """Load, compress (`what`: recipe or plan) and save; what the model carries."""
+    """Load, compress (`what`: recipe or plan, and where) and save; what the model carries."""
     import lowra.api
     from lowra.compiler.progress import stage
     from lowra.runtime.compiled import compiled
@@ -169,9 +174,7 @@ def _compile(
     dense, tokenizer = load_source(source, dtype)
     if calibration is not None:
         require_tokenizer(tokenizer, source)
-    model = lowra.api.compile(
-        dense, **what, calibration=calibration, tokenizer=tokenizer, work_dir=folder
-    )
+    model = lowra.api.compile(dense, **what, calibration=calibration, tokenizer=tokenizer)
     with stage(f"save {out}", None):
         lowra.api.save(model, out, tokenizer=tokenizer, overwrite=overwrite)
     info = compiled(model)

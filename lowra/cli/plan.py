@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,7 @@ from lowra.cli.calibration_options import (
     CalibrationTokensOption,
     ContextOption,
     SeedOption,
+    WorkDeviceOption,
 )
 from lowra.cli.options import (
     BitsOption,
@@ -89,6 +90,7 @@ def plan_model(
         Path | None,
         typer.Option(help="Keep statistics and codebooks here; compile finds them again."),
     ] = None,
+    device: WorkDeviceOption = None,
     dtype: DtypeOption = Dtype.bfloat16,
     out: Annotated[
         Path | None,
@@ -120,6 +122,7 @@ def plan_model(
     planned in seconds. Times, memory and error are estimates. With --measure the passes that choose
     widths run, and the loss is what they expect of the weights and the calibration text.
     """
+    from lowra.compiler.offload import work_device
     from lowra.compiler.progress import show_progress
     from lowra.workflows.plan_file import check_plan_path, write_plan
 
@@ -129,30 +132,33 @@ def plan_model(
         calibration_tokens=calibration_tokens, context=context, seed=seed, **advanced_fields(ctx),
     )  # fmt: skip
     if not measure:
-        refuse_options(ctx, ("calibration", "work_dir"), "a plan from shapes; add --measure")
+        what = ("calibration", "work_dir", "device")
+        refuse_options(ctx, what, "a plan from shapes; add --measure")
+    work_device(device)  # refuses one that is not there
     if out is not None:
         check_plan_path(out, overwrite)
     kept = nullcontext() if work_dir is None else work_folder(work_dir, work_dir, ctx.obj.note)
     with kept as folder, show_progress():
         ctx.obj.resumable = folder is not None
-        plan = _plan(model, dtype, recipe, measure, calibration, folder)
+        where = {"calibration": calibration, "work_dir": folder, "device": device}
+        plan = _plan(model, dtype, recipe, where) if measure else _sizes(model, dtype, recipe)
     data = {"model": model, **plan.to_dict()}
     if out is not None:
         data["written"] = str(write_plan(plan.file_data(), out, overwrite))
     ctx.obj.show(data, lambda console: render_plan(console, data))
 
 
-def _plan(
-    source: str, dtype: Dtype, recipe: Recipe, measure: bool, calibration: Path | None,
-    folder: Path | None,
-) -> Plan:  # fmt: skip
+def _sizes(source: str, dtype: Dtype, recipe: Recipe) -> Plan:
     import lowra.api
 
-    if not measure:
-        return lowra.api.plan(load_shapes(source, dtype), recipe)
+    return lowra.api.plan(load_shapes(source, dtype), recipe)
+
+
+def _plan(source: str, dtype: Dtype, recipe: Recipe, measured: dict[str, Any]) -> Plan:
+    """With the widths of all rows; `measured`: on what text, and where."""
+    import lowra.api
+
     dense, tokenizer = load_source(source, dtype)
-    if calibration is not None:
+    if measured["calibration"] is not None:
         require_tokenizer(tokenizer, source)
-    return lowra.api.plan(
-        dense, recipe, measure=True, calibration=calibration, tokenizer=tokenizer, work_dir=folder
-    )
+    return lowra.api.plan(dense, recipe, measure=True, tokenizer=tokenizer, **measured)

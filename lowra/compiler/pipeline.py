@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lowra.compiler.errors import LowraError, PipelineError, nearest
 from lowra.compiler.half_products import half_products
+from lowra.compiler.offload import Offload
 from lowra.compiler.printer import print_program
 from lowra.compiler.program import Program
 from lowra.compiler.progress import stage
@@ -52,14 +54,16 @@ class Pass:
 
 
 def run_pipeline(
-    program: Program, passes: Sequence[Pass], observe: Observer | None = None
-) -> Program:
-    """Run passes in order, each between checks of what it declares to read and write."""
+    program: Program, passes: Sequence[Pass], observe: Observer | None = None,
+    heavy: Offload | None = None,
+) -> Program:  # fmt: skip
+    """Run passes in order, each between checks of what it declares to read and write. `heavy`:
+    where their heavy work is done, if not on the CPU."""
     for step in passes if program.sites else ():
         step.require(program)
     for step in passes:
         try:
-            program = _run_one(step, program)
+            program = _run_one(step, program, heavy)
         except LowraError as error:
             error.add_note(f"in pass: {step}")
             error.add_note(f"after: {' '.join(program.history) or 'nothing'}")
@@ -71,11 +75,11 @@ def run_pipeline(
     return program
 
 
-def _run_one(step: Pass, program: Program) -> Program:
+def _run_one(step: Pass, program: Program, heavy: Offload | None) -> Program:
     for kind in step.reads:
         for site in program.sites:
             program.fact(site.name, kind)
-    with stage(step.name, None), half_products():
+    with stage(step.name, None), half_products(), heavy or nullcontext():
         done = step.run(program)
     for kind in step.writes:
         for site in done.sites:

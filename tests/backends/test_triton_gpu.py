@@ -8,13 +8,17 @@ import pytest
 import torch
 
 import lowra
+from lowra.backends.reference import feedback
 from lowra.backends.triton import service, tuning
+from lowra.compiler import offload
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
 from tests import models
 from tests.backends.test_adapter_ops import batch, expected, held
+from tests.backends.test_cpu_fitting import feedback_case, gram_of, rows_of, starts_of
 from tests.backends.test_cpu_product import Shape, packed_of
 from tests.compiler.deltas import FORMATS, Drawn, site_of
+from tests.runtime.compiled_models import SMALL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,3 +122,46 @@ def test_a_model_on_a_device_is_compiled_and_used_there() -> None:
     assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 10)
     session = lowra.Session(small)
     assert float((session(input_ids=ids) - got).norm() / got.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("levels", [2, 16, 256])
+def test_codes_on_a_device_are_those_of_the_reference(levels: int) -> None:
+    """Ties that rounding tips are rare; none of the kernels has failed and left it to torch."""
+    weight, upper, _, scales, columns = feedback_case(300, 500, 3, 0)
+    tables = torch.randn(300, levels).sort(1)[0]
+    gram, start = gram_of(500, 0), torch.zeros(300, 500, dtype=torch.uint8)
+    for chosen in (scales, None):
+        tail = (tables, chosen, columns)
+        there = [None if t is None else t.cuda() for t in (weight, upper, gram, *tail, start)]
+        w, u, g, *tail_there, begin = there
+        pairs = [
+            (torch.ops.lowra.feedback_codes(w, u, *tail_there),
+             feedback.feedback_codes(weight, upper, *tail)),
+            (torch.ops.lowra.descend_codes(w, g, *tail_there, begin, None, 2)[0],
+             feedback.descend_codes(weight, gram, *tail, start, None, 2)[0]),
+        ]  # fmt: skip
+        for got, want in pairs:
+            assert float((got.cpu() != want).float().mean()) < 0.02
+    assert not service.failures
+
+
+@pytest.mark.parametrize("name", ["lloyd_rows", "lloyd_shared", "lloyd_scales"])
+def test_codebooks_on_a_device_are_those_of_the_cpu(name: str) -> None:
+    rows = rows_of(150, 700, 0, True)
+    starts = starts_of([1, 2, 4], 150 if name == "lloyd_rows" else None, 0)
+    op = getattr(torch.ops.lowra, name)
+    got = op(*(t.cuda() for t in rows), [s.cuda() for s in starts], 60, 1e-6)
+    want = op(*rows, starts, 60, 1e-6)
+    torch.testing.assert_close([t.cpu() for t in got], list(want), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compile_with_its_heavy_work_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("LEAST_PRODUCT", "PER_ELEMENT", "LEAST_ELEMENTS"):
+        monkeypatch.setattr(offload, limit, 0)
+    made = [
+        lowra.compile(models.tiny_llama(layers=1), bit_budget=3, device=device, **SMALL)
+        for device in ("cuda", "cpu")
+    ]
+    assert {p.device.type for p in made[0].parameters()} == {"cpu"}
+    losses = [sum(s["expected_loss"] for s in m.lowra.report["sites"]) for m in made]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and not service.failures

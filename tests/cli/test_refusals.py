@@ -107,6 +107,19 @@ def test_a_device_that_is_not_there(refused, checkpoint, device):
         refused(1, f"device '{device}'", *command, "--device", device)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_cannot_do_a_compile_s_work(refused, tmp_path, device):
+    words = ("compile", "/nowhere", tmp_path / "out", "--bits", 2)  # before the model is looked at
+    refused(2, f"device='{device}'", *words, "--device", device)
+    refused(2, f"device='{device}'", "plan", "m", "--bits", 2, "--measure", "--device", device)
+
+
+@pytest.mark.parametrize("option", ["--device", "--work-dir", "--calibration"])
+def test_options_of_a_measured_plan_want_it_measured(lowra, option):
+    result = lowra("plan", "m", "--bits", 2, option, "cpu")
+    assert result.exit_code == 2 and f"'{option}'" in result.stderr
+
+
 def test_a_width_that_does_not_exist(refused):
     refused(2, "width 5", "plan", "m", "--bits", 2, "--pin", "*=5")
 

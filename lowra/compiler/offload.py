@@ -1,0 +1,184 @@
+"""A compile's heavy work on another device than the CPU, where its tensors lie.
+
+Passes know one device, the CPU: their tensors, spill files and packed weights are there. What takes
+nearly all of their time are products, factorisations and the `lowra::` fitting ops. Each of these
+that is worth the way goes to the device, is computed there and comes back, with gradients too, as
+all this lies below autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from lowra.compiler.errors import RecipeError
+
+log = logging.getLogger("lowra")
+_ATEN = torch.ops.aten
+
+_OPERANDS: Mapping[Any, int] = {
+    _ATEN.mm.default: 0, _ATEN.bmm.default: 0, _ATEN.linear.default: 0, _ATEN.matmul.default: 0,
+    _ATEN.addmm.default: 1, _ATEN.baddbmm.default: 1,
+}  # fmt: skip
+"""Products of matrices, and where their two operands begin."""
+_FACTORISATIONS = frozenset({
+    _ATEN.linalg_cholesky_ex.default, _ATEN.linalg_solve_triangular.default,
+    _ATEN._linalg_eigh.default, _ATEN._linalg_svd.default, _ATEN.linalg_qr.default,
+})  # fmt: skip
+_FITTING = frozenset({
+    "lowra::moments", "lowra::lloyd_rows", "lowra::lloyd_shared", "lowra::lloyd_scales",
+    "lowra::optimal_levels", "lowra::feedback_codes", "lowra::descend_codes",
+})  # fmt: skip
+_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+
+LEAST_PRODUCT = 1 << 26
+"""Multiply-adds: a CPU takes about a millisecond for fewer."""
+PER_ELEMENT = 128
+"""Multiply-adds per element that has to travel: where a bus of 20 GB/s carries float32 as fast as a
+CPU of 0.6 tera multiply-adds per second works. Neither was measured here."""
+LEAST_ELEMENTS = 1 << 18
+"""Of a matrix to factorise, or to fit codes to: 512 x 512."""
+
+
+def work_device(name: str | torch.device | None) -> torch.device | None:
+    """The device that `name` names, None for the CPU. Raises RecipeError where it cannot serve."""
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"device={name!r} is none: {first}; cpu, cuda or cuda:1") from None
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise RecipeError(f"device={name!r}: a compile's heavy work runs on cpu or cuda")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise RecipeError(f"device={name!r}, and torch sees {count} GPUs: use device='cpu'")
+    return device
+
+
+class Offload(TorchDispatchMode):
+    """Within it, heavy ops of tensors on the CPU are computed on `device`.
+
+    `kept`: tensors that nothing writes into, such as a program's weights. They travel once and stay
+    on the device, up to `room` bytes. What the device has no memory for is computed on the CPU.
+    """
+
+    def __init__(self, device: torch.device, kept: Sequence[Tensor], room: int) -> None:
+        super().__init__()
+        self.device, self.room = device, room
+        self._kept = {_place(tensor): tensor for tensor in kept if _fills_storage(tensor)}
+        self._moved: dict[int, Tensor] = {}
+        self._full = False
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        compute = _attention if func is _ATTENTION else func
+        if not (_may_travel(func) and self._is_worth_it(func, args, kwargs)):
+            return func(*args, **kwargs)
+        try:
+            given = tree_map_only(Tensor, self._sent, (args, kwargs))
+            found = compute(*given[0], **given[1])
+            return tree_map_only(Tensor, lambda tensor: tensor.to("cpu"), found)
+        except torch.OutOfMemoryError:
+            self._say_full()
+            return func(*args, **kwargs)
+
+    def _is_worth_it(self, func: Any, args: Any, kwargs: Any) -> bool:
+        tensors = _tensors(args, kwargs)
+        if any(t.device.type != "cpu" for t in tensors):
+            return False
+        if not _is_product(func):
+            return max(t.numel() for t in tensors) >= LEAST_ELEMENTS
+        work = _multiply_adds(func, args)
+        travels = sum(t.numel() for t in tensors if not self._stays(t))
+        return work >= max(LEAST_PRODUCT, PER_ELEMENT * travels)
+
+    def _stays(self, tensor: Tensor) -> bool:
+        kept = self._kept.get(_place(tensor))
+        return kept is not None and kept.dtype == tensor.dtype
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        if not self._stays(tensor):
+            return tensor.to(self.device)
+        place = _place(tensor)
+        if place not in self._moved:
+            whole = self._kept[place]
+            size = whole.numel() * whole.itemsize
+            if size > self.room:
+                return tensor.to(self.device)
+            self.room -= size
+            flat = whole.as_strided((whole.numel(),), (1,), 0)
+            self._moved[place] = flat.to(self.device)
+        return self._moved[place].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _say_full(self) -> None:
+        if not self._full:
+            log.warning("%s has no memory for a part of the work: the CPU does it", self.device)
+        self._full = True
+
+
+def offload(device: torch.device, kept: Sequence[Tensor]) -> Offload:
+    """The mode for a GPU, of whose free memory half may be taken by what is kept there."""
+    return Offload(device, kept, torch.cuda.mem_get_info(device)[0] // 2)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _fills_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize > 0
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, (args, kwargs))
+    return found
+
+
+def _may_travel(func: Any) -> bool:
+    return _is_product(func) or func in _FACTORISATIONS or func.name() in _FITTING
+
+
+def _is_product(func: Any) -> bool:
+    return func in _OPERANDS or func is _ATTENTION
+
+
+def _multiply_adds(func: Any, args: Any) -> int:
+    if func is _ATTENTION:
+        query, key = args[0], args[1]
+        return 2 * query.numel() * key.shape[-2]
+    a, b = args[_OPERANDS[func] : _OPERANDS[func] + 2]
+    if b.dim() < 2:
+        return a.numel()
+    return a.numel() * b.shape[-2 if func is _ATEN.linear.default else -1]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+    *, attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the op of CPUs gives, for devices that it is not written for: attention [b, h, l, e],
+    and the logarithm of each query's sum, float32 [b, h, l]. Dropout is not compiled with."""
+    assert dropout_p == 0.0, "a compile evaluates, without dropout"
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    sums = scores.logsumexp(-1)
+    return (scores - sums[..., None]).exp().to(value.dtype) @ value, sums
