@@ -41,6 +41,13 @@ def golden(request: pytest.FixtureRequest) -> GoldenFile:
 
 
 @pytest.fixture
+def everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is too small for `lowra.compiler.offload` to send it away."""
+    for limit in ("LEAST_PRODUCT", "PER_ELEMENT", "LEAST_ELEMENTS"):
+        monkeypatch.setattr(f"lowra.compiler.offload.{limit}", 0)
+
+
+@pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A home folder of lowra's for this test alone, and no tuning table of another."""
     from lowra.backends.triton import tuning

@@ -10,7 +10,6 @@ import torch
 import lowra
 from lowra.backends.reference import feedback
 from lowra.backends.triton import service, tuning
-from lowra.compiler import offload
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
 from tests import models
@@ -155,9 +154,8 @@ def test_codebooks_on_a_device_are_those_of_the_cpu(name: str) -> None:
     torch.testing.assert_close([t.cpu() for t in got], list(want), rtol=1e-5, atol=1e-6)
 
 
-def test_a_compile_with_its_heavy_work_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("LEAST_PRODUCT", "PER_ELEMENT", "LEAST_ELEMENTS"):
-        monkeypatch.setattr(offload, limit, 0)
+@pytest.mark.usefixtures("everything_travels")
+def test_a_compile_with_its_heavy_work_on_a_device() -> None:
     made = [
         lowra.compile(models.tiny_llama(layers=1), bit_budget=3, device=device, **SMALL)
         for device in ("cuda", "cpu")

@@ -44,13 +44,6 @@ class Watched(Offload):
         return super()._sent(tensor)
 
 
-@pytest.fixture
-def _everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is too small to travel."""
-    for name in ("LEAST_PRODUCT", "PER_ELEMENT", "LEAST_ELEMENTS"):
-        monkeypatch.setattr(module, name, 0)
-
-
 def test_products_travel_where_they_are_worth_it() -> None:
     large, small = torch.ones(512, 512), torch.ones(64, 64)
     with Watched() as mode:
@@ -120,7 +113,7 @@ def test_attention_is_what_the_op_of_cpus_gives(mask: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_everything")
+@pytest.mark.usefixtures("everything_travels")
 def test_a_compile_sends_its_heavy_work(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = Watched()
     monkeypatch.setattr("lowra.api.work_device", lambda device: CPU if device else None)
