@@ -16,6 +16,7 @@ from tests import models
 from tests.backends.test_adapter_ops import batch, expected, held
 from tests.backends.test_cpu_fitting import feedback_case, gram_of, rows_of, starts_of
 from tests.backends.test_cpu_product import Shape, packed_of
+from tests.backends.test_table_gradients import close, drawn, exact
 from tests.compiler.deltas import FORMATS, Drawn, site_of
 from tests.runtime.compiled_models import SMALL
 
@@ -121,6 +122,18 @@ def test_a_model_on_a_device_is_compiled_and_used_there() -> None:
     assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 10)
     session = lowra.Session(small)
     assert float((session(input_ids=ids) - got).norm() / got.norm()) < 1e-3
+
+
+def test_gradients_of_tables_on_a_device_equal_float64() -> None:
+    for shape in (Shape(300, 1344, (1, 2, 3, 4, 8, 9)), Shape(130, 2600, (2, 9), 40, False)):
+        weight = packed_of(shape)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            grad, x = drawn(weight, 40, dtype)
+            there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in weight.op_args()]
+            got = torch.ops.lowra.table_gradients(grad.cuda(), x.cuda(), *there)
+            for one, two in zip(got, exact(grad, x, weight), strict=True):
+                assert close(one.cpu(), two, dtype)
+    assert not service.failures
 
 
 @pytest.mark.parametrize("levels", [2, 16, 256])
