@@ -30,8 +30,9 @@ def passes(seconds: float) -> list[Row]:
 
 
 def _pass_row(n: int, k: int, seconds: float) -> Row:
-    best = alternate(loops(n, k), seconds)
-    rates = {name: n * k / best[name] for name in ("lloyd", "feedback", "descent")}
+    parts = loops(n, k)
+    best = alternate({name: parts[name] for name in ("lloyd", "feedback", "descent")}, seconds)
+    rates = {name: n * k / value for name, value in best.items()}
     return {"n": n, "k": k, "weights_per_second": rates, "threads": torch.get_num_threads()}
 
 
@@ -40,14 +41,14 @@ def loops(n: int, k: int) -> dict[str, Callable[[int], object]]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=generator)
     x = torch.randn(2 * k, k, generator=generator)
-    gram = x.T @ x / len(x)
+    halves, gram = x.bfloat16(), x.T @ x / len(x)
     factor = factorize(gram)
     table = gaussian_levels(2).float().expand(n, LEVELS).contiguous()
     mass = torch.rand(1, k, generator=generator) + 0.5
     starts = [gaussian_levels(width) for width in FITTED]
     codes = feedback_codes(weight, factor, table, None, 0)
     return {
-        "moments": lambda _: torch.ops.lowra.moments(x, None),
+        "moments": lambda _: torch.ops.lowra.moments(halves, None),
         "factor": lambda _: factorize(gram),
         "lloyd": lambda _: fit_shared(weight, mass, starts),
         "feedback": lambda _: feedback_codes(weight, factor, table, None, 0),

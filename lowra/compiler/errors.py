@@ -100,6 +100,13 @@ class AdapterError(LowraError):
     exit_code = 9
 
 
+def is_no_room(error: BaseException) -> bool:
+    """Whether a device had no memory left: torch has a class for it, libraries below it say so."""
+    text = str(error)
+    said = "out of memory" in text.lower() or "ALLOC_FAILED" in text
+    return said or type(error).__name__ == "OutOfMemoryError"
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence naming the `known` words closest to `word`, for the end of a message."""
     known = list(known)

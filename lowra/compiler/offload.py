@@ -9,8 +9,8 @@ all this lies below autograd.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lowra.compiler.errors import RecipeError
+from lowra.compiler.attention import attention, attention_gradients
+from lowra.compiler.errors import RecipeError, is_no_room
 
 log = logging.getLogger("lowra")
 _ATEN = torch.ops.aten
@@ -36,7 +37,11 @@ _FITTING = frozenset({
     "lowra::moments", "lowra::lloyd_rows", "lowra::lloyd_shared", "lowra::lloyd_scales",
     "lowra::optimal_levels", "lowra::feedback_codes", "lowra::descend_codes",
 })  # fmt: skip
-_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTION: Mapping[Any, Callable[..., Any]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_gradients,
+}
+"""Ops that only CPUs have, and what stands for them."""
 
 LEAST_PRODUCT = 1 << 26
 """Multiply-adds: a CPU takes about a millisecond for fewer."""
@@ -84,16 +89,30 @@ class Offload(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        compute = _attention if func is _ATTENTION else func
+        compute = _ATTENTION.get(func, func)
         if not (_may_travel(func) and self._is_worth_it(func, args, kwargs)):
             return func(*args, **kwargs)
         try:
-            given = tree_map_only(Tensor, self._sent, (args, kwargs))
-            found = compute(*given[0], **given[1])
-            return tree_map_only(Tensor, lambda tensor: tensor.to("cpu"), found)
-        except torch.OutOfMemoryError:
+            with self._there():
+                given = tree_map_only(Tensor, self._sent, (args, kwargs))
+                found = compute(*given[0], **given[1])
+                return tree_map_only(Tensor, lambda tensor: tensor.to("cpu"), found)
+        except RuntimeError as error:
+            if not is_no_room(error):
+                raise
             self._say_full()
             return func(*args, **kwargs)
+
+    @contextmanager
+    def _there(self) -> Generator[None]:
+        """On the device, float32 products being float32 whatever scripts have set."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _is_worth_it(self, func: Any, args: Any, kwargs: Any) -> bool:
         tensors = _tensors(args, kwargs)
@@ -101,6 +120,8 @@ class Offload(TorchDispatchMode):
             return False
         if not _is_product(func):
             return max(t.numel() for t in tensors) >= LEAST_ELEMENTS
+        if not all(t.is_floating_point() for t in tensors):
+            return False
         work = _multiply_adds(func, args)
         travels = sum(t.numel() for t in tensors if not self._stays(t))
         return work >= max(LEAST_PRODUCT, PER_ELEMENT * travels)
@@ -153,32 +174,18 @@ def _may_travel(func: Any) -> bool:
 
 
 def _is_product(func: Any) -> bool:
-    return func in _OPERANDS or func is _ATTENTION
+    return func in _OPERANDS or func in _ATTENTION
 
 
 def _multiply_adds(func: Any, args: Any) -> int:
-    if func is _ATTENTION:
+    if _ATTENTION.get(func) is attention:
         query, key = args[0], args[1]
         return 2 * query.numel() * key.shape[-2]
+    if func in _ATTENTION:
+        _, query, key, *_ = args
+        same = query.shape[-3] == key.shape[-3]
+        return 5 * query.numel() * key.shape[-2] if same else 0
     a, b = args[_OPERANDS[func] : _OPERANDS[func] + 2]
     if b.dim() < 2:
         return a.numel()
     return a.numel() * b.shape[-2 if func is _ATEN.linear.default else -1]
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
-    *, attn_mask: Tensor | None = None, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the op of CPUs gives, for devices that it is not written for: attention [b, h, l, e],
-    and the logarithm of each query's sum, float32 [b, h, l]. Dropout is not compiled with."""
-    assert dropout_p == 0.0, "a compile evaluates, without dropout"
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query @ key.transpose(-1, -2)).float() * scale
-    if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-    if attn_mask is not None:
-        scores = scores + attn_mask
-    sums = scores.logsumexp(-1)
-    return (scores - sums[..., None]).exp().to(value.dtype) @ value, sums

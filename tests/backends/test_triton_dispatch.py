@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -23,6 +24,7 @@ from lowra.backends.triton.keys import (
     GatherKey,
     LinearKey,
     RotateKey,
+    RoundKey,
     ShrinkKey,
     ValuesKey,
     weight_key,
@@ -43,6 +45,8 @@ KEYS = [
     RotateKey(TARGETS[1], "bfloat16", 64, True),
     GatherKey(TARGETS[1], "bfloat16", Blocks(16, 16, 8, 2)),
     ExpandKey(TARGETS[3], "float16", "float32", Blocks(16, 32, 8, 2)),
+    RoundKey(TARGETS[1], False, True, 4, Blocks(32, 0, 4, 1)),
+    RoundKey(TARGETS[1], True, False, 256, Blocks(16, 0, 4, 1)),
 ]
 
 
@@ -50,7 +54,7 @@ def test_cuda_tensors_are_dispatched_to_this_backend() -> None:
     assert DIRECT["cuda"] is linear.forward
     for name in (
         "quantized_linear", "quantized_linear_lora", "dequantize", "input_gradient",
-        "apply_adapters",
+        "apply_adapters", "table_gradients", "feedback_codes", "descend_codes",
     ):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowra::{name}", "CUDA")
 
@@ -161,16 +165,31 @@ def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
     assert "more" not in caplog.records[0].getMessage()
 
 
-def test_no_room_is_no_failure_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no room"), RuntimeError("Triton Error [CUDA]: out of memory")],
+)
+def test_no_room_is_no_failure_of_a_kernel(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
     monkeypatch.setattr(linear.launch, "run", fail)
     monkeypatch.setattr(service, "failures", [])
     packed = packed_of(Shape(20, 96, (2, 4), block=32))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=r"no room|out of memory"):
         linear.unpacked(packed.op_args(), torch.float32, TARGETS[1])
     assert not service.failures
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("cpu", "cuda:0"):
+        assert isinstance(linear.launch._current(torch.device(name)), contextlib.nullcontext)
+    assert linear.launch._current(torch.device("cuda:1")).idx == 1  # pyright: ignore
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name.split("-")[0])

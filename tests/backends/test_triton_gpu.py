@@ -10,6 +10,7 @@ import torch
 import lowra
 from lowra.backends.reference import feedback
 from lowra.backends.triton import service, tuning
+from lowra.compiler.offload import offload
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
 from tests import models
@@ -136,14 +137,15 @@ def test_gradients_of_tables_on_a_device_equal_float64() -> None:
     assert not service.failures
 
 
+@pytest.mark.parametrize(("n", "k"), [(300, 500), (320, 512)])
 @pytest.mark.parametrize("levels", [2, 16, 256])
-def test_codes_on_a_device_are_those_of_the_reference(levels: int) -> None:
+def test_codes_on_a_device_are_those_of_the_reference(levels: int, n: int, k: int) -> None:
     """Ties that rounding tips are rare; none of the kernels has failed and left it to torch."""
-    weight, upper, _, scales, columns = feedback_case(300, 500, 3, 0)
-    tables = torch.randn(300, levels).sort(1)[0]
-    gram, start = gram_of(500, 0), torch.zeros(300, 500, dtype=torch.uint8)
+    weight, upper, _, scales, columns = feedback_case(n, k, 3, 0)
+    tables = torch.randn(n, levels).sort(1)[0]
+    gram, start = gram_of(k, 0), torch.zeros(n, k, dtype=torch.uint8)
     for chosen in (scales, None):
-        tail = (tables, chosen, columns)
+        tail = (tables, chosen, columns if chosen is not None else torch.zeros_like(columns))
         there = [None if t is None else t.cuda() for t in (weight, upper, gram, *tail, start)]
         w, u, g, *tail_there, begin = there
         pairs = [
@@ -165,6 +167,37 @@ def test_codebooks_on_a_device_are_those_of_the_cpu(name: str) -> None:
     got = op(*(t.cuda() for t in rows), [s.cuda() for s in starts], 60, 1e-6)
     want = op(*rows, starts, 60, 1e-6)
     torch.testing.assert_close([t.cpu() for t in got], list(want), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("everything_travels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_travels_comes_back_as_the_cpu_has_it(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 64, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(64, 64, generator=generator).to(dtype) / 8
+
+    def run() -> list[torch.Tensor]:
+        q, k, v = (
+            torch.nn.functional.linear(x, w).view(2, 40, 4, 16).transpose(1, 2)
+            for w in (weight, weight.flip(0), weight.flip(1))
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
+        flat = x.detach().view(-1, 64)
+        gram = torch.ops.lowra.moments(flat, None)
+        root = torch.linalg.cholesky_ex(gram + 40 * torch.eye(64))[0]
+        best = torch.ops.lowra.optimal_levels(flat.float().abs(), torch.ones(1, 64), [4])
+        return [y, gradient, gram, root, *best]
+
+    want = run()
+    with offload(torch.device("cuda"), [weight]) as mode:
+        got = run()
+    assert len(mode._moved) == 1
+    limit = 1e-4 if dtype == torch.float32 else 3e-2
+    for one, two in zip(got, want, strict=True):
+        assert one.device.type == "cpu"
+        assert float((one - two).norm()) <= limit * float(two.norm())
+    assert got[0].stride() == want[0].stride()
 
 
 @pytest.mark.usefixtures("everything_travels")

@@ -19,10 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from lowra.backends.triton.emit import emit
 from lowra.backends.triton.keys import Key, LinearKey
+from lowra.compiler.errors import is_no_room
 from lowra.compiler.home import home_folder
 
 log = logging.getLogger("lowra")
@@ -97,9 +96,9 @@ def anew_where_broken(compiled: Callable[[], T]) -> T:
     which a file may be broken."""
     try:
         return compiled()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_no_room(error):
+            raise
         knobs: Any = importlib.import_module("triton.knobs")
         log.info("compiling a kernel anew: %s", error)
         with knobs.compilation.scope():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,11 +174,25 @@ def run(launcher: Launcher, grid: tuple[int, int, int], given: dict[str, Any]) -
     """Launch a kernel. One that Triton's cache holds broken is compiled anew."""
     kernel, options = launcher.kernel, launcher.options
     values_ = [given[name] for name in launcher.names]
-    if launcher.ran or not launcher.key.target.backend:
+    if not launcher.key.target.backend:
         kernel[grid](*values_, **options)
         return
-    anew_where_broken(lambda: kernel[grid](*values_, **options))
+    with _current(values_[0].device):
+        if launcher.ran:
+            kernel[grid](*values_, **options)
+            return
+        anew_where_broken(lambda: kernel[grid](*values_, **options))
     launcher.ran = True
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever the tensors are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_HERE = nullcontext()
 
 
 _workspaces: dict[tuple[str, torch.device, int], tuple[Tensor, Tensor]] = {}

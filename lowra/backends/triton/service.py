@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from lowra.backends.triton.targets import Target, cuda_target, hip_target
+from lowra.compiler.errors import is_no_room
 
 log = logging.getLogger("lowra")
 T = TypeVar("T")
@@ -51,10 +52,8 @@ def served(target: Target, kernels: Callable[[], T], reference: Callable[[], T])
     """
     try:
         return kernels()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        if not target.backend:
+        if not target.backend or is_no_room(error):
             raise
         failures.append(f"{type(error).__name__}: {error}")
         log.debug("a GPU kernel failed", exc_info=True)

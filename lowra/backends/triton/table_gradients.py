@@ -81,7 +81,7 @@ def _index(weight: Weight) -> Weight:
     return replace(weight, books=books, scales=None, form=form)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8)
 def _counting_books(panels: tuple[int, ...], own: bool, device: torch.device) -> Tensor:
     tables = [
         torch.arange(levels_of(id), dtype=torch.float16).repeat(rows if own else 1)
