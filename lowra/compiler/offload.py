@@ -104,7 +104,7 @@ class Offload(TorchDispatchMode):
             return func(*args, **kwargs)
 
     @contextmanager
-    def _there(self) -> Generator[None]:
+    def _there(self) -> Generator[None, None, None]:
         """On the device, float32 products being float32 whatever scripts have set."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -127,8 +127,12 @@ class Offload(TorchDispatchMode):
         return work >= max(LEAST_PRODUCT, PER_ELEMENT * travels)
 
     def _stays(self, tensor: Tensor) -> bool:
-        kept = self._kept.get(_place(tensor))
-        return kept is not None and kept.dtype == tensor.dtype
+        """Whether it is a kept tensor, or a part of one, that is there or has room there."""
+        place = _place(tensor)
+        kept = self._kept.get(place)
+        if kept is None or kept.dtype != tensor.dtype:
+            return False
+        return place in self._moved or kept.nbytes <= self.room
 
     def _sent(self, tensor: Tensor) -> Tensor:
         if not self._stays(tensor):
@@ -136,12 +140,8 @@ class Offload(TorchDispatchMode):
         place = _place(tensor)
         if place not in self._moved:
             whole = self._kept[place]
-            size = whole.numel() * whole.itemsize
-            if size > self.room:
-                return tensor.to(self.device)
-            self.room -= size
-            flat = whole.as_strided((whole.numel(),), (1,), 0)
-            self._moved[place] = flat.to(self.device)
+            self._moved[place] = whole.as_strided((whole.numel(),), (1,), 0).to(self.device)
+            self.room -= whole.nbytes
         return self._moved[place].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _say_full(self) -> None:
@@ -160,7 +160,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _fills_storage(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize > 0
+    return tensor.untyped_storage().nbytes() == tensor.nbytes > 0
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:

@@ -66,6 +66,15 @@ def test_a_product_of_few_tokens_travels_only_with_a_weight_that_stays() -> None
         assert mode.ops == ops
 
 
+def test_a_weight_without_room_there_does_not_make_a_product_worth_the_way() -> None:
+    x, weight = torch.ones(64, 2048), torch.ones(2048, 2048)
+    for room, ops in ((weight.nbytes - 1, []), (weight.nbytes, ["aten::mm"] * 2)):
+        with Watched([weight], room) as mode:
+            for _ in range(2):  # there already, without room for another
+                functional.linear(x, weight)
+        assert mode.ops == ops
+
+
 def test_kept_tensors_travel_once_and_their_views_are_found_in_them() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(768, 512, generator=generator) for _ in "ab")

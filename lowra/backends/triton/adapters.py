@@ -31,14 +31,13 @@ def apply_adapters(
     y is in half precision. Chunks are taken as a pool made them: a look at them would wait for the
     device."""
     tables = (pages, chunks, bounds, scalings, slots, weights)
-    target = service.target_of(y.device)
 
     def plain() -> Tensor:
         return reference.apply_adapters(y, x, *tables, rank)
 
-    if target is None or service.failures or y.dtype not in NAMES:
+    if y.dtype not in NAMES:
         return plain()
-    return service.served(target, lambda: changed(y, x, tables, rank, target), plain)
+    return service.serve(y.device, lambda target: changed(y, x, tables, rank, target), plain)
 
 
 def changed(y: Tensor, x: Tensor, tables: tuple[Tensor, ...], rank: int, target: Target) -> Tensor:

@@ -20,12 +20,10 @@ def feedback_codes(
 ) -> Tensor:
     """Codes uint8 [n, k]; see the reference."""
     given = (weight, upper, tables, scales, columns)
-    target = service.target_of(weight.device)
-    if target is None or service.failures:
-        return reference.feedback_codes(*given)
-    return service.served(
-        target, lambda: fed_back(*given, target), lambda: reference.feedback_codes(*given)
-    )
+    return service.serve(
+        weight.device, lambda target: fed_back(*given, target),
+        lambda: reference.feedback_codes(*given),
+    )  # fmt: skip
 
 
 def descend_codes(
@@ -34,12 +32,10 @@ def descend_codes(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes uint8 [n, k] and their slope float32 [n, k]; see the reference."""
     given = (weight, gram, tables, scales, columns, codes, slope, sweeps)
-    target = service.target_of(weight.device)
-    if target is None or service.failures:
-        return reference.descend_codes(*given)
-    return service.served(
-        target, lambda: descended(*given, target), lambda: reference.descend_codes(*given)
-    )
+    return service.serve(
+        weight.device, lambda target: descended(*given, target),
+        lambda: reference.descend_codes(*given),
+    )  # fmt: skip
 
 
 def fed_back(

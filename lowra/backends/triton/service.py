@@ -45,6 +45,14 @@ failures: list[str] = []
 """Why a kernel could not be built or launched: from then on plain torch serves."""
 
 
+def serve(device: torch.device, kernels: Callable[[Target], T], reference: Callable[[], T]) -> T:
+    """What the kernels for `device` give, where there are some that work; else plain torch."""
+    target = target_of(device)
+    if target is None or failures:
+        return reference()
+    return served(target, lambda: kernels(target), reference)
+
+
 def served(target: Target, kernels: Callable[[], T], reference: Callable[[], T]) -> T:
     """What the kernels give; where one cannot be built or launched, what plain torch gives.
 
