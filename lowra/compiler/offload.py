@@ -58,9 +58,8 @@ def work_device(name: str | torch.device | None) -> torch.device | None:
         return None
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"device={name!r} is none: {first}; cpu, cuda or cuda:1") from None
+    except RuntimeError:
+        raise RecipeError(f"device={name!r} is unknown: use cpu, cuda or cuda:1") from None
     if device.type == "cpu":
         return None
     if device.type != "cuda":
