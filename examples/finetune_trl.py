@@ -84,9 +84,10 @@ def run(
         model, SFTConfig(**(settings | options)), train_dataset=parts["train"],
         eval_dataset=parts["test"], processing_class=tokenizer,
     )  # fmt: skip
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    after = trainer.evaluate()["eval_loss"]
+    with lowra.half_products(trainer.model):  # many times faster on a CPU without AVX-512
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
     path = lowra.save(model.eval(), out / "model", tokenizer=tokenizer, overwrite=True)
     print(f"held-out loss {before:.3f} -> {after:.3f}; wrote {path}")
     return {"before": before, "after": after}

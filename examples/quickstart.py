@@ -201,7 +201,7 @@ def train_lora(model: nn.Module, tokens: Tensor, steps: int, size: int) -> list[
     optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
-    with stage("train LoRA", steps) as bar:
+    with stage("train LoRA", steps) as bar, lowra.half_products():
         for step in range(steps):
             start = step * size % len(tokens)
             batch = tokens[start : start + size]

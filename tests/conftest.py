@@ -41,6 +41,13 @@ def golden(request: pytest.FixtureRequest) -> GoldenFile:
 
 
 @pytest.fixture
+def no_half_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is one without instructions for bfloat16 and float16."""
+    halves = frozenset((torch.bfloat16, torch.float16))
+    monkeypatch.setattr("lowra.compiler.half_products._slow_dtypes", lambda: halves)
+
+
+@pytest.fixture
 def everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is too small for `lowra.compiler.offload` to send it away."""
     for limit in ("LEAST_PRODUCT", "PER_ELEMENT", "LEAST_ELEMENTS"):

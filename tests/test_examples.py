@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lowra.runtime.quantized_module import is_lora
 from lowra.runtime.training import MARK
@@ -48,19 +50,37 @@ def test_quickstart_compiles_trains_and_saves(
     assert "LoRA at 3 bits: 2 training steps" in capsys.readouterr().out.replace("\n", " ")
 
 
+def depths_of(model: nn.Module) -> set[int]:
+    """How many dispatch modes each forward runs within, filled as they run."""
+    found: set[int] = set()
+    model.register_forward_hook(lambda *_: found.add(torch._C._len_torch_dispatch_stack()))
+    return found
+
+
+@pytest.mark.usefixtures("no_half_instructions")
+def test_quickstart_trains_within_half_products() -> None:
+    model = copy.deepcopy(low_llama().compiled)
+    depths = depths_of(model)
+    load_example("quickstart").train_lora(model, torch.arange(12).view(2, 6), 1, 2)
+    assert depths == {1}
+
+
 def trained_checkpoint(out: Path) -> set[str]:
     """Names of the tensors that the last checkpoint of a run holds."""
     last = sorted((out / "checkpoints").glob("checkpoint-*"))[-1]
     return {*load_file(last / "model.safetensors")}
 
 
+@pytest.mark.usefixtures("no_half_instructions")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_finetune_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     example = load_example("finetune_trainer")
     text = "the cat sat on the mat, and so did the dog. " * 12
     model = copy.deepcopy(low_llama().compiled)
+    depths = depths_of(model)
     found = example.run(model, letters(), text, tmp_path, steps=4, context=24)
+    assert depths == {1}, "within half_products"
     assert found["after"] < found["before"]
     assert (tmp_path / "model" / "lowra.json").is_file()
     assert all(is_lora(name) or name == MARK for name in trained_checkpoint(tmp_path))
@@ -69,6 +89,7 @@ def test_finetune_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
     assert again["after"] == pytest.approx(found["after"], abs=1e-6)
 
 
+@pytest.mark.usefixtures("no_half_instructions")
 @pytest.mark.filterwarnings("ignore")
 def test_finetune_trl_trains_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("trl")
@@ -77,7 +98,9 @@ def test_finetune_trl_trains_and_saves(tmp_path: Path) -> None:
     tokenizer.add_special_tokens({"eos_token": "~", "pad_token": "`"})
     data = [{"text": f"{a} plus {b} is {a + b}."} for a in range(5) for b in range(8)]
     model = copy.deepcopy(low_llama().compiled)
+    depths = depths_of(model)
     found = example.run(model, tokenizer, data, tmp_path, steps=4, max_length=32)
+    assert depths == {1}, "within half_products"
     assert found["after"] < found["before"]
     assert (tmp_path / "model" / "lowra.json").is_file()
     assert all(is_lora(name) or name == MARK for name in trained_checkpoint(tmp_path))

@@ -65,6 +65,7 @@ def test_the_held_out_loss_falls_and_the_report_says_how(tmp_path: Path) -> None
     ElementTree.fromstring((tmp_path / "loss.svg").read_text())
 
 
+@pytest.mark.usefixtures("no_half_instructions")
 def test_training_runs_within_half_products(tmp_path: Path) -> None:
     model, depths = student(), []
     model.register_forward_hook(lambda *_: depths.append(torch._C._len_torch_dispatch_stack()))
