@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,3 +136,37 @@ def test_sources_compile_without_a_warning(tmp_path: Path) -> None:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0 and done.stderr == ""
+
+
+def loops_of(assembly: str) -> list[list[str]]:
+    """Instructions between one label or jump and the next."""
+    found: list[list[str]] = [[]]
+    for line in assembly.splitlines():
+        if not line.startswith("\t"):
+            found.append([])
+        elif not line.startswith("\t."):
+            found[-1].append(line.strip())
+            if line.startswith("\tj"):
+                found.append([])
+    return found
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 instructions")
+@pytest.mark.skipif("clang" in str(COMPILER), reason="reads what gcc writes")
+@pytest.mark.parametrize(("level", "sums"), [("x86-64-v3", 12), ("x86-64-v4", 16)])
+def test_sums_of_coordinate_descent_stay_in_registers(
+    tmp_path: Path, level: str, sums: int
+) -> None:
+    assert COMPILER is not None
+    source, assembly = tmp_path / "codes.cpp", tmp_path / "codes.s"
+    source.write_text(toolchain.source_of("codes"))
+    options = [f for f in toolchain.FLAGS if f != "-shared"]
+    command = [COMPILER, *options, f"-march={level}", "-S", str(source), "-o", str(assembly)]
+    subprocess.run(command, check=True)
+    products = [
+        [i for i in loop if re.match(r"vmov\w+\s+%[xyz]mm\d+,.*\(", i)]
+        for loop in loops_of(assembly.read_text())
+        if sum(bool(re.match(r"vfn?madd", i)) for i in loop) >= sums
+    ]
+    assert [] in products, f"every loop of {sums} products stores what it adds: {products}"

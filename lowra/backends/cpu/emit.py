@@ -69,6 +69,7 @@ def emit(key: KernelKey) -> str:
     pieces = [
         f"// {key.name}: {what}",
         _part("parallel"),
+        _part("vectors"),
         "#include <utility>",
         f"constexpr int ELEMENT = {element};  // bytes per element of a dot product",
         f"constexpr int PARTS = {parts};  // elements per activation",

@@ -69,7 +69,8 @@ def _explain(why: str) -> None:
 def source_of(name: str) -> str:
     """The whole C++ text of a library: what all share, then its own file."""
     folder = resources.files("lowra.backends.cpu") / "sources"
-    return (folder / "parallel.h").read_text() + (folder / f"{name}.cpp").read_text()
+    files = ("parallel.h", "vectors.h", f"{name}.cpp")
+    return "".join((folder / file).read_text() for file in files)
 
 
 def find_compiler() -> Path | None:

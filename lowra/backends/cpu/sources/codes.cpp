@@ -3,9 +3,11 @@
 //
 // Rows do not depend on each other. A block of ROWS of them lies transposed, [k][ROWS], so that a
 // vector holds one column of many rows; the k x k matrix streams past it. Inside a panel of PANEL
-// columns changes spread at once, outside it as a small matrix product held in registers.
+// columns changes spread at once, outside it as a small matrix product: HELD vectors of each of TILE
+// columns stay in registers, of which AVX-512 has 32 and others 16.
 
-constexpr int LANES = 16, VECTORS = 4, ROWS = LANES * VECTORS, PANEL = 32, TILE = 4;
+constexpr int ROWS = 64, VECTORS = ROWS / LANES, PANEL = 32;
+constexpr int HELD = 4, TILE = LANES == 16 ? 4 : 3;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
@@ -81,13 +83,17 @@ struct Changes {  // columns that changed, by how much, and their rows of the ma
 // to[j..j+COUNT) -= sum over the changes of matrix[j] * by
 template <int COUNT>
 static void spread(Column* to, int64_t j, const Changes& changes) {
-    Column sum[COUNT];
-    for (int c = 0; c < COUNT; c++) sum[c] = to[j + c];
-    for (int i = 0; i < changes.count; i++)
+    for (int first = 0; first < VECTORS; first += HELD) {
+        Vector sum[COUNT][HELD];
         for (int c = 0; c < COUNT; c++)
-            for (int v = 0; v < VECTORS; v++)
-                sum[c].part[v] -= changes.by[i].part[v] * changes.matrix[i][j + c];
-    for (int c = 0; c < COUNT; c++) to[j + c] = sum[c];
+            for (int v = 0; v < HELD; v++) sum[c][v] = to[j + c].part[first + v];
+        for (int i = 0; i < changes.count; i++)
+            for (int c = 0; c < COUNT; c++)
+                for (int v = 0; v < HELD; v++)
+                    sum[c][v] -= changes.by[i].part[first + v] * changes.matrix[i][j + c];
+        for (int c = 0; c < COUNT; c++)
+            for (int v = 0; v < HELD; v++) to[j + c].part[first + v] = sum[c][v];
+    }
 }
 
 // The same for all columns in [begin, end).

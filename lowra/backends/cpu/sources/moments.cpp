@@ -5,7 +5,7 @@
 // BLOCK pairs. The sum of x x' is computed above its diagonal and mirrored.
 #include <immintrin.h>
 
-constexpr int64_t LANES = 16, VECTORS = 3, COLUMNS = VECTORS * LANES, ROWS = 8, BLOCK = 256;
+constexpr int64_t VECTORS = 3, COLUMNS = VECTORS * LANES, ROWS = 8, BLOCK = 256;
 
 struct Panels {
     std::vector<uint32_t> words;

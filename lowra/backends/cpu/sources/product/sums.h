@@ -1,28 +1,45 @@
 // What the gradient of a weight gives its tables: its sums by code.
 
 // Vectors as gcc and clang know them on every machine; a plain loop of comparisons stays scalar.
-using SixteenBytes = uint8_t __attribute__((vector_size(16)));
-using SixteenWords = int32_t __attribute__((vector_size(64)));
-using SixteenFloats = float __attribute__((vector_size(64)));
+using LaneBytes = uint8_t __attribute__((vector_size(LANES)));
+using LaneWords = int32_t __attribute__((vector_size(4 * LANES)));
+using LaneFloats = float __attribute__((vector_size(4 * LANES)));
 
-// Sums of grad by code: 16 lanes a level, added up in one order.
+constexpr int SUMS = 16;  // a level has, added up in one order on every CPU
+
+template <int LEVELS>
+static void add_by_code(const uint8_t* codes, const float* grad,
+                        LaneFloats (&sums)[LEVELS][SUMS / LANES]) {
+    for (int v = 0; v < SUMS / LANES; v++) {
+        LaneBytes bytes;
+        LaneWords bits;
+        std::memcpy(&bytes, codes + v * LANES, sizeof bytes);
+        std::memcpy(&bits, grad + v * LANES, sizeof bits);
+        const LaneWords wide = __builtin_convertvector(bytes, LaneWords);
+        for (int level = 0; level < LEVELS; level++)
+            sums[level][v] += LaneFloats((wide == level) & bits);
+    }
+}
+
+// Sums of grad by code.
 template <int LEVELS>
 static void sums_by_code(const uint8_t* codes, const float* grad, int64_t count, float* sums) {
-    SixteenFloats lanes[LEVELS] = {};
-    for (int64_t i = 0; i < count; i += 16) {
-        SixteenBytes bytes{};
-        SixteenWords bits{};
-        const size_t there = size_t(std::min<int64_t>(16, count - i));
-        std::memcpy(&bytes, codes + i, there == 16 ? 16 : there);
-        std::memcpy(&bits, grad + i, there == 16 ? 64 : 4 * there);
-        const SixteenWords wide = __builtin_convertvector(bytes, SixteenWords);
-        for (int level = 0; level < LEVELS; level++)
-            lanes[level] += SixteenFloats((wide == level) & bits);
+    LaneFloats lanes[LEVELS][SUMS / LANES] = {};
+    int64_t i = 0;
+    for (; i + SUMS <= count; i += SUMS) add_by_code(codes + i, grad + i, lanes);
+    if (i < count) {
+        uint8_t rest[SUMS] = {};
+        float values[SUMS] = {};
+        std::memcpy(rest, codes + i, size_t(count - i));
+        std::memcpy(values, grad + i, size_t(count - i) * sizeof(float));
+        add_by_code(rest, values, lanes);
     }
     for (int level = 0; level < LEVELS; level++) {
-        for (int half = 8; half; half /= 2)
-            for (int j = 0; j < half; j++) lanes[level][j] += lanes[level][j + half];
-        sums[level] = lanes[level][0];
+        float each[SUMS];
+        std::memcpy(each, lanes[level], sizeof each);
+        for (int half = SUMS / 2; half; half /= 2)
+            for (int j = 0; j < half; j++) each[j] += each[j + half];
+        sums[level] = each[0];
     }
 }
 static void sums_by_byte(const uint8_t* codes, const float* grad, int64_t count, float* sums) {
