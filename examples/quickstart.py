@@ -94,6 +94,7 @@ def run(
         with timed(seconds, f"evaluate at {bits:g} bits"):
             rows.append(compressed_row(bits, compiled[bits], path, model, tokenizer, test, sizes))
     console.print(table_of(rows, sizes))
+    print_samples(rows)
     near = min(budgets, key=lambda bits: abs(bits - 2))
     with timed(seconds, "train and evaluate"):
         start = rows[1 + budgets.index(near)]["perplexity_with_adapter"]
@@ -155,7 +156,7 @@ def table_of(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
     count, context = sizes.test
     table = Table(title=f"perplexity and KL on {count} windows of {context} tokens of English")
     for column in ("model", "stored bits", "code bits", "size", "base: ppl / KL",
-                   "with LoRA start", f"after {PROMPT!r}"):  # fmt: skip
+                   "with LoRA start"):  # fmt: skip
         table.add_column(column)
     for row in rows:
         adapted = row.get("perplexity_with_adapter")
@@ -163,9 +164,14 @@ def table_of(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
             row["model"], f"{row['stored_bits']:.3f}", f"{row['code_bits']:.3f}",
             f"{row['bytes'] / 1e6:.0f} MB", f"{row['perplexity']:.2f} / {row['kl']:.3f}",
             "" if adapted is None else f"{adapted:.2f} / {row['kl_with_adapter']:.3f}",
-            row["sample"].replace("\n", " "),
         )  # fmt: skip
     return table
+
+
+def print_samples(rows: list[dict[str, Any]]) -> None:
+    console.print(f"\nwhat each writes after {PROMPT!r}:")
+    for row in rows:
+        console.print(f"  {row['model']}: {row['sample']!r}", markup=False)
 
 
 def print_stages(bits: float, model: nn.Module) -> None:
