@@ -1,15 +1,12 @@
 """finetune: LoRA on a compressed base, in transformers' Trainer, with held-out data and a report.
 
-The work folder holds the checkpoints of Trainer, `finetune.json` (what the run is, so that only
-the same run resumes), `report.json` and `loss.svg`.
+`run_folder` says what the work folder holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from lowra.compiler.errors import OutputError, RecipeError, TrainingError
+from lowra.compiler.errors import RecipeError, TrainingError
 from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import stage
-from lowra.runtime.training import STATE, base_mark, check_mark, parts_of, prepare_training
+from lowra.runtime.training import base_mark, parts_of, prepare_training
 from lowra.workflows.evaluate import require_language_model
+from lowra.workflows.run_folder import (
+    CHECKPOINTS,
+    CURVE,
+    REPORT,
+    begin,
+    finished,
+    last_checkpoint,
+    step_of,
+)
 from lowra.workflows.training_data import TrainingData, training_data
 from lowra.workflows.training_report import make_report, write_report
 from lowra.workflows.training_settings import TrainingSettings
-
-RUN, CHECKPOINTS, REPORT, CURVE = "finetune.json", "checkpoints", "report.json", "loss.svg"
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,20 @@ def finetune(
     }  # fmt: skip
     begun = time.perf_counter()
     steps = settings.steps(len(data.train))
-    if _begin(folder, run, model, restart) and (folder / REPORT).is_file():
-        return _finished(model, folder)
-    last = _last_checkpoint(folder / CHECKPOINTS, steps)
+    if begin(folder, run, model, restart) and (folder / REPORT).is_file():
+        return Finetuned(finished(model, folder), folder)
+    last = last_checkpoint(folder / CHECKPOINTS, steps)
     with stage("fine-tune", steps) as bar:
         trainer = _trainer(model, data, folder, tokenizer, settings, bar, tell, last is None)
         if last is not None:
-            bar.advance(min(steps, _step_of(last)))
+            bar.advance(min(steps, step_of(last)))
         with half_products(trainer.model):  # it is where it will be trained
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     report = make_report(trainer.state, settings.to_dict(), data.facts, counts)
     report["seconds"] = time.perf_counter() - begun
-    report["resumed_from"] = None if last is None else _step_of(last)
-    kept = trainer.state.best_model_checkpoint or _last_checkpoint(folder / CHECKPOINTS)
+    report["resumed_from"] = None if last is None else step_of(last)
+    kept = trainer.state.best_model_checkpoint or last_checkpoint(folder / CHECKPOINTS)
     assert kept is not None, "training ends with a checkpoint"
     report["checkpoint"] = Path(kept).name
     write_report(report, folder / REPORT, folder / CURVE)
@@ -106,72 +109,6 @@ def _require_accelerate() -> None:
 
     if find_spec("accelerate") is None:
         raise TrainingError("Trainer needs the package accelerate: pip install 'lowra[train]'")
-
-
-def _finished(model: nn.Module, folder: Path) -> Finetuned:
-    """A run that is done already: its report, and the adapter that it ended with."""
-    from safetensors.torch import load_file
-
-    try:
-        report = json.loads((folder / REPORT).read_text())
-        state = load_file(folder / CHECKPOINTS / report["checkpoint"] / STATE)
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
-        raise OutputError(f"{folder} lacks what its run left ({error}); restart it") from error
-    model.load_state_dict(state, strict=False)
-    return Finetuned(report, folder)
-
-
-def _begin(folder: Path, run: dict[str, Any], model: nn.Module, restart: bool) -> bool:
-    """Make or check the work folder; whether it holds this run already."""
-    file, checkpoints = folder / RUN, folder / CHECKPOINTS
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; name a folder to keep checkpoints in")
-    if restart and file.is_file():
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        (folder / REPORT).unlink(missing_ok=True)
-        file.unlink()
-    if file.is_file():
-        _check_same(file, run, model)
-        return True
-    if checkpoints.exists():
-        raise OutputError(f"{checkpoints} is not of a run of lowra; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(run, indent=1) + "\n")
-        partial.replace(file)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
-    return False
-
-
-def _check_same(file: Path, run: dict[str, Any], model: nn.Module) -> None:
-    """Raise unless the run in the folder is `run`: same settings, same rows, same base."""
-    way_out = "resume with the same ones, restart, or choose another work folder"
-    try:
-        before = json.loads(file.read_text())
-        old, new = before["settings"], json.loads(json.dumps(run["settings"]))
-        mark = torch.tensor(before["base"], dtype=torch.uint8)
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-        raise OutputError(f"{file} cannot be read ({error}); restart the run") from error
-    changed = [name for name in new if old.get(name) != new[name]]
-    if changed:
-        said = ", ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)
-        raise RecipeError(f"the run in {file.parent} had other settings ({said}): {way_out}")
-    check_mark(model, mark)
-    if before["data"] != run["data"]:
-        raise RecipeError(f"the run in {file.parent} had other data or tokens: {way_out}")
-
-
-def _last_checkpoint(folder: Path, below: float = math.inf) -> Path | None:
-    """The last whole checkpoint of a step before `below`: Trainer cannot go on at the very last,
-    and it writes trainer_state.json behind all the rest."""
-    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max((p for p in whole if _step_of(p) < below), key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _trainer(
