@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,13 @@ def depths_of(model: nn.Module) -> set[int]:
     return found
 
 
+def training_forwards(model: nn.Module) -> list[None]:
+    """An entry per forward in training mode, filled as they run."""
+    found: list[None] = []
+    model.register_forward_hook(lambda module, *_: found.append(None) if module.training else None)
+    return found
+
+
 @pytest.mark.usefixtures("no_half_instructions")
 def test_quickstart_trains_within_half_products() -> None:
     model = copy.deepcopy(low_llama().compiled)
@@ -84,8 +92,11 @@ def test_finetune_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
     assert found["after"] < found["before"]
     assert (tmp_path / "model" / "lowra.json").is_file()
     assert all(is_lora(name) or name == MARK for name in trained_checkpoint(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
     fresh = copy.deepcopy(low_llama().compiled)
+    steps = training_forwards(fresh)
     again = example.run(fresh, letters(), text, tmp_path, steps=4, context=24)
+    assert len(steps) == 1, "it went on behind step 3"
     assert again["after"] == pytest.approx(found["after"], abs=1e-6)
 
 

@@ -1,0 +1,64 @@
+"""finetune refuses what cannot be trained, and another run in the folder of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowra
+from lowra.compiler.errors import CheckpointError, OutputError, RecipeError
+from lowra.workflows.training_settings import TrainingSettings
+from tests.models import tiny_llama
+from tests.runtime.compiled_models import SMALL
+from tests.workflows.finetune_runs import TEXTS, interrupted, run, student
+
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+
+
+def test_resuming_with_other_settings_data_or_base_is_refused(tmp_path: Path) -> None:
+    interrupted(student(), tmp_path, 5)
+    with pytest.raises(RecipeError, match=r"rate was 0.02, now 0.01"):
+        run(student(), tmp_path, rate=1e-2)
+    with pytest.raises(RecipeError, match="other data"):
+        run(student(), tmp_path, TEXTS[1:])
+    other = lowra.compile(tiny_llama(layers=1), bit_budget=3.5, **SMALL)
+    with pytest.raises(CheckpointError, match="belongs to another base"):
+        run(other, tmp_path)
+    assert run(student(), tmp_path, rate=1e-2, restart=True).report["resumed_from"] is None
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not compiled by lowra"):
+        run(tiny_llama(layers=1), tmp_path)
+    bare = lowra.compile(tiny_llama(layers=1), bit_budget=3, **(SMALL | {"rank": 0}))
+    with pytest.raises(CheckpointError, match="no adapter to train"):
+        run(bare, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(OutputError, match="not of a run of lowra"):
+        run(student(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rate": 0}, "rate=0 must be a number above 0"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"batch": 0}, "batch=0 must be a whole number of 1 or more"),
+        ({"patience": True}, "patience=True"),
+        ({"eval_share": 1}, "eval_share=1 must be a number of 0 or more and below 1"),
+        ({"schedule": "cosin"}, "nearest: cosine"),
+        ({"train": ("adapters", "norm")}, "nearest: norms"),
+        ({"lr": 1}, "no setting 'lr'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        TrainingSettings.from_dict(options)
+
+
+def test_patience_without_held_out_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="patience needs held-out data"):
+        run(student(), tmp_path, patience=2, eval_share=0)
