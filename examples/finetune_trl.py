@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
 def records(path: Path | None) -> list[Record]:
     """What TRL takes: records with `messages`, or with `text`."""
     if path is not None:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
     return [sum_of(a, b) for a in range(2, 30) for b in range(2, 12)]
 
 

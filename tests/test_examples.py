@@ -123,6 +123,8 @@ def test_the_trl_example_reads_records_and_makes_its_own(tmp_path: Path) -> None
     assert example.records(None)[0]["messages"][1]["content"] == "2 plus 2 is 4."
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
     assert example.records(tmp_path / "d.jsonl") == [{"text": "a"}, {"text": "b"}]
+    (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}', encoding="utf-8")
+    assert example.records(tmp_path / "d.jsonl") == [{"text": "a\u2028b"}]
 
 
 def test_many_adapters_writes_with_each_in_one_batch(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def gsm8k(data: Path, tokenizer: Any) -> Examples:
     """Answers to grade-school problems; the questions are not scored."""
     made = []
     for part, count in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
-        lines = (data / f"gsm8k-{part}.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        lines = (data / f"gsm8k-{part}.jsonl").read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line]
         pairs = ((f"Question: {r['question']}\nAnswer: ", r["answer"] + "\n\n") for r in records)
         made.append(packed(pairs, tokenizer, count))
     return Examples(*made)

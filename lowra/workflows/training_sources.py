@@ -87,7 +87,7 @@ def _json_records(path: Path) -> Iterator[Any]:
         except ValueError as error:
             raise DataError(f"{str(path)!r} is no JSON list ({error})") from error
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a JSON string may hold U+2028, U+0085
         if not line.strip():
             continue
         try:

@@ -122,6 +122,14 @@ def test_data_that_cannot_be_trained_on_is_refused(source: Any, said: str) -> No
         data(source, long="truncate")
 
 
+def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    records = [{"text": f"one{mark}two"} for mark in "\u2028\u2029\x85"]
+    lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (tmp_path / "d.jsonl").write_bytes(lines.encode())
+    expected = [record["text"] for record in records]
+    assert read_source(tmp_path / "d.jsonl", None).examples == expected
+
+
 def test_broken_lines_and_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(DataError, match="line 2 of .* is no JSON"):
