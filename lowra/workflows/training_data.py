@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,17 +56,18 @@ def training_data(
     """Rows of tokens for `model` out of `source` (see `read_source`).
 
     long "pack": all examples, an end-of-text token behind each, are joined and cut into rows of
-    `context` tokens: nothing is lost, and a row may hold several examples, which see each other.
-    "truncate": a row per example, cut at `context`; `facts` counts what that costs.
+    `context` tokens: nothing is lost but a last token that would be a row alone, and a row may hold
+    several examples, which see each other.
+    "truncate": a row per example, cut at `context`. `facts` counts what either costs.
     Held out are `eval_source`, or a share of the examples drawn with `seed` (of one plain text: its
     last rows). Raises DataError for data that is empty, has one example of which none could be held
-    out, lacks the field, or has ids that the model does not know.
+    out, lacks the field, leaves nothing to train on or to hold out, or has ids that the model does
+    not know.
     """
     _check_choices(model, context, long, eval_share)
     if tokenizer is None:
         raise DataError("training on text needs a tokenizer: pass tokenizer=...")
-    found = read_source(source, text_field, split)
-    others = None if eval_source is None else read_source(eval_source, text_field, split)
+    found, others = _sources(source, eval_source, text_field, split)
     encoded = _encoded(found, tokenizer, model)
     if others is not None:
         pieces, kept = encoded, _encoded(others, tokenizer, model)
@@ -77,8 +79,7 @@ def training_data(
     held_out, cut_too = _rows(kept, context, long) if kept else ([], {})
     if others is None and found.stream:
         train, held_out = _split_rows(train, eval_share, found)
-    if not train:
-        raise DataError(f"{found.name} has no example of two tokens or more to train on")
+    _require_rows(train, held_out, found, others, eval_share)
     facts = {
         "source": found.name, "kind": found.kind, "field": found.field, "context": context,
         "long": long, "examples": len(encoded), "rows": len(train),
@@ -95,6 +96,8 @@ def describe_cut(facts: dict[str, Any]) -> str:
     """A sentence on what became of long and short examples."""
     if facts["long"] == "pack":
         done = f"examples are packed: joined, and cut into rows of {facts['context']} tokens"
+        if facts["lost_tokens"]:
+            done += f", which leaves {facts['lost_tokens']} of the last tokens out"
     else:
         done = (
             f"{facts['truncated']} examples longer than {facts['context']} tokens are truncated, "
@@ -104,18 +107,70 @@ def describe_cut(facts: dict[str, Any]) -> str:
     return done + (f"; {short} of less than two tokens are left out" if short else "")
 
 
+def check_rows(data: TrainingData, model: nn.Module) -> None:
+    """Raise DataError unless `data`, made elsewhere, has rows that `model` can train on."""
+    if not data.train:
+        raise DataError("the training data has no row: TrainingData needs rows to train on")
+    most = _positions(model) or math.inf
+    for name, rows in (("train", data.train), ("held_out", data.held_out)):
+        ids = [row["input_ids"] for row in rows]
+        for number, one in enumerate(ids):
+            if not 2 <= len(one) <= most:
+                raise DataError(
+                    f"row {number} of {name} has {len(one)} tokens: give rows of 2 to {most}"
+                )
+        _check_vocabulary(ids, model, "row", name)
+
+
+def _sources(
+    source: Any, eval_source: Any, text_field: str | None, split: str
+) -> tuple[Source, Source | None]:
+    found = read_source(source, text_field, split)
+    others = None if eval_source is None else read_source(eval_source, text_field, split)
+    if text_field is not None and found.field is None and (others is None or others.field is None):
+        raise DataError(
+            f"{found.name} is plain text and has no field {text_field!r}: leave the text field "
+            "out, or give records"
+        )
+    return found, others
+
+
+def _require_rows(
+    train: list[Row], held_out: list[Row], found: Source, others: Source | None, share: float
+) -> None:
+    """Raise DataError without a row to train on, or to evaluate on where that is wanted."""
+    none = "has no example of two tokens or more"
+    if not train:
+        raise DataError(f"{found.name} {none} to train on")
+    if held_out:
+        return
+    if others is not None:
+        raise DataError(f"{others.name} {none} to evaluate on")
+    if share:
+        raise DataError(
+            f"what is held out of {found.name} {none}: give more, another file for the "
+            "evaluation, or eval_share=0"
+        )
+
+
 def _check_choices(model: nn.Module, context: int, long: str, share: float) -> None:
     if long not in LONG:
         raise DataError(f"long={long!r} is unknown: choose {' or '.join(LONG)}")
     if not 0 <= share < 1:
         raise DataError(f"eval_share={share!r} must be from 0 to below 1")
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
-    if context < 2 or (isinstance(positions, int) and context > positions > 0):
+    positions = _positions(model)
+    if context < 2 or (positions is not None and context > positions):
         raise DataError(
             f"context={context} does not fit a model of {positions} positions: use 2 to {positions}"
         )
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The most tokens that a row of `model` may have, or None if its config sets no limit."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _encoded(found: Source, tokenizer: Any, model: nn.Module) -> list[list[int]]:
@@ -132,7 +187,7 @@ def _encoded(found: Source, tokenizer: Any, model: nn.Module) -> list[list[int]]
             else:
                 ids += [_ended(one, end) for one in _text_ids(part, tokenizer)]
             bar.advance(len(part))
-    _check_vocabulary(ids, model, found)
+    _check_vocabulary(ids, model, "example", found.name)
     return ids
 
 
@@ -158,13 +213,16 @@ def _ended(ids: list[int], end: Any) -> list[int]:
     return ids if not isinstance(end, int) or ids[-1:] == [end] else [*ids, end]
 
 
-def _check_vocabulary(ids: list[list[int]], model: nn.Module, found: Source) -> None:
+def _check_vocabulary(ids: list[list[int]], model: nn.Module, each: str, name: str) -> None:
     known = vocabulary_size(model)
+    if known is None:
+        return
     for number, one in enumerate(ids):
-        if known is not None and one and max(one) >= known:
+        if one and not 0 <= min(one) <= max(one) < known:
+            odd = max(one) if max(one) >= known else min(one)
             raise DataError(
-                f"example {number} of {found.name} holds the token id {max(one)}, outside the "
-                f"model's 0..{known - 1}: use the tokenizer that belongs to this model"
+                f"{each} {number} of {name} holds the token id {odd}, outside the model's "
+                f"0..{known - 1}: use the tokenizer that belongs to this model"
             )
 
 
@@ -203,18 +261,17 @@ def _split_rows(rows: list[Row], share: float, found: Source) -> tuple[list[Row]
 
 def _rows(pieces: Iterable[list[int]], context: int, long: str) -> tuple[list[Row], dict[str, int]]:
     """Rows of 2 to `context` tokens, and how much was cut."""
-    pieces = list(pieces)
-    if long == "pack":
+    pieces, packed = list(pieces), long == "pack"
+    if packed:
         joined = [token for one in pieces for token in one]
         cut = [joined[start : start + context] for start in range(0, len(joined), context)]
-        lost = 0
     else:
-        cut, lost = [one[:context] for one in pieces], sum(max(0, len(one) - context)
-                                                           for one in pieces)  # fmt: skip
-    rows: list[Row] = [{"input_ids": one} for one in cut if len(one) > 1]
+        cut = [one[:context] for one in pieces]
+    short = [one for one in cut if len(one) < 2]
+    over = [] if packed else [len(one) - context for one in pieces if len(one) > context]
     counts = {
-        "truncated": 0 if long == "pack" else sum(len(one) > context for one in pieces),
-        "lost_tokens": lost,
-        "too_short": 0 if long == "pack" else len(cut) - len(rows),
+        "truncated": len(over),
+        "lost_tokens": sum(map(len, short)) if packed else sum(over),
+        "too_short": 0 if packed else len(short),
     }
-    return rows, counts
+    return [{"input_ids": one} for one in cut if len(one) > 1], counts

@@ -150,7 +150,7 @@ def _from_records(name: str, records: Iterable[Any], text_field: str | None) -> 
         )
     field = _field(name, first, text_field)
     values = [_value(name, i, record, field) for i, record in enumerate(records)]
-    kind = "text" if isinstance(values[0], str) else "chat"
+    kind = _kind(field, values[0])
     check = _text if kind == "text" else _conversation
     return Source(name, kind, field, [check(name, i, value) for i, value in enumerate(values)])
 
@@ -173,6 +173,13 @@ def _value(name: str, number: int, record: Any, field: str) -> Any:
         has = ", ".join(map(repr, record)) if isinstance(record, Mapping) else repr(record)[:40]
         raise DataError(f"example {number} of {name} has no field {field!r}, only {has}")
     return record[field]
+
+
+def _kind(field: str, value: Any) -> str:
+    """What the examples are, judged by the first, and by the field where that is neither."""
+    if isinstance(value, str):
+        return "text"
+    return "chat" if field == CHAT_FIELD or isinstance(value, Sequence) else "text"
 
 
 def _text(name: str, number: int, value: Any) -> str:

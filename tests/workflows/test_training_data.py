@@ -115,11 +115,39 @@ def test_a_missing_field_is_an_error_that_names_the_fields_there_are(tmp_path: P
         ({"train": ["a"], "test": ["b"]}, "has the parts train, test"),
         ("/nowhere/d.jsonl", "no training data at"),
         (["a", "b"], "no example of two tokens"),
+        ([{"text": None}], "example 0 of the data is a NoneType and no text"),
+        ([{"messages": None}], "example 0 of the data is no conversation"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused(source: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        data(source, long="truncate")
+        data(
+            source,
+            long="truncate",
+        )
+
+
+def test_data_to_evaluate_on_without_a_row_are_refused() -> None:
+    with pytest.raises(DataError, match="the data has no example of two tokens or more to eval"):
+        data(["ab", "cd"], eval_source=["a"])
+    with pytest.raises(DataError, match="held out of the data has no example of two tokens"):
+        data(["ab", "c"], long="truncate", seed=1)  # which draws the second
+
+
+def test_a_text_field_that_nothing_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("a plain text of some length, and more of it")
+    for source in (tmp_path / "d.txt", ["a text", "another"]):
+        with pytest.raises(DataError, match=r"is plain text and has no field 'body': leave"):
+            data(source, text_field="body")
+    made = data([{"body": "ab"}], text_field="body", eval_source=tmp_path / "d.txt")
+    assert (made.facts["field"], len(made.held_out)) == ("body", 3)
+
+
+def test_a_last_token_that_fills_no_row_is_counted() -> None:
+    made = data(["a" * 17], eval_source=["b" * 33], long="pack")
+    assert made.facts["lost_tokens"] == 2
+    assert "leaves 2 of the last tokens out" in describe_cut(made.facts)
+    assert "out" not in describe_cut(data(["a" * 18], eval_share=0).facts)
 
 
 def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path: Path) -> None:
