@@ -21,6 +21,7 @@ from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import stage
 from lowra.runtime.training import base_mark, parts_of, prepare_training
 from lowra.workflows.evaluate import require_language_model
+from lowra.workflows.models import vocabulary_size
 from lowra.workflows.run_folder import (
     CHECKPOINTS,
     CURVE,
@@ -30,7 +31,7 @@ from lowra.workflows.run_folder import (
     last_checkpoint,
     step_of,
 )
-from lowra.workflows.training_data import TrainingData, training_data
+from lowra.workflows.training_data import TrainingData, check_rows, training_data
 from lowra.workflows.training_report import make_report, write_report
 from lowra.workflows.training_settings import TrainingSettings
 
@@ -67,12 +68,7 @@ def finetune(
     counts = prepare_training(model, settings.train)
     require_language_model(model)
     folder = Path(work_dir).expanduser()
-    if not isinstance(data, TrainingData):
-        data = training_data(
-            data, tokenizer, model, text_field=settings.text_field, context=settings.context,
-            long=settings.long, eval_source=eval_data, eval_share=settings.eval_share,
-            split=settings.split, seed=settings.seed,
-        )  # fmt: skip
+    data = _rows(model, data, tokenizer, settings, eval_data)
     run = {
         "settings": settings.to_dict(), "data": data.digest(), "base": base_mark(model).tolist(),
     }  # fmt: skip
@@ -102,6 +98,19 @@ def _settings(settings: TrainingSettings | None, options: dict[str, Any]) -> Tra
     if settings is None:
         return TrainingSettings.from_dict(options)
     return TrainingSettings.from_dict(settings.to_dict() | options) if options else settings
+
+
+def _rows(
+    model: nn.Module, data: Any, tokenizer: Any, settings: TrainingSettings, eval_data: Any
+) -> TrainingData:
+    if isinstance(data, TrainingData):
+        check_rows(data, model)
+        return data
+    return training_data(
+        data, tokenizer, model, text_field=settings.text_field, context=settings.context,
+        long=settings.long, eval_source=eval_data, eval_share=settings.eval_share,
+        split=settings.split, seed=settings.seed,
+    )  # fmt: skip
 
 
 def _require_accelerate() -> None:
@@ -146,9 +155,9 @@ def _trainer(
             )
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     return WatchedTrainer(
-        model, arguments, data_collator=PadRows(_padding(tokenizer)), train_dataset=data.train,
-        eval_dataset=data.held_out or None, callbacks=callbacks, bar=bar, tell=tell or _silent,
-        optimizers=(_optimizer(model, settings), None),
+        model, arguments, data_collator=PadRows(_padding(tokenizer, model)),
+        train_dataset=data.train, eval_dataset=data.held_out or None, callbacks=callbacks,
+        bar=bar, tell=tell or _silent, optimizers=(_optimizer(model, settings), None),
     )  # fmt: skip
 
 
@@ -171,12 +180,11 @@ def _checkpointing(arguments: Any, wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _padding(tokenizer: Any) -> int:
-    for name in ("pad_token_id", "eos_token_id"):
-        found = getattr(tokenizer, name, None)
-        if isinstance(found, int):
-            return found
-    return 0
+def _padding(tokenizer: Any, model: nn.Module) -> int:
+    """An id that the model knows: an added padding token may have no row in its embedding."""
+    known = vocabulary_size(model) or math.inf
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((i for i in ids if isinstance(i, int) and 0 <= i < known), 0)
 
 
 def _silent(_entry: dict[str, Any]) -> None:

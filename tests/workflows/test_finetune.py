@@ -13,6 +13,7 @@ import torch
 from lowra.compiler.errors import RecipeError
 from lowra.workflows.training_report import loss_curve
 from lowra.workflows.training_settings import TrainingSettings
+from tests.cli.conftest import letters
 from tests.workflows.finetune_runs import factors, interrupted, run, student
 
 pytest.importorskip("accelerate")
@@ -93,6 +94,18 @@ def test_a_curve_of_one_point_or_none_is_a_picture_too() -> None:
         picture = loss_curve(train, held_out)
         ElementTree.fromstring(picture)
         assert "nan" not in picture
+
+
+def test_a_padding_token_outside_the_vocabulary_is_not_used(tmp_path: Path) -> None:
+    plain, padded = letters(), letters()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    assert padded.pad_token_id == student().config.vocab_size
+    rows = ["the cat"[:i] for i in (3, 5, 7)] * 4
+    one, other = (
+        run(student(), tmp_path / name, rows, tokenizer, long="truncate", max_steps=2).report
+        for name, tokenizer in (("plain", plain), ("padded", padded))
+    )
+    assert one["evaluations"] == other["evaluations"]
 
 
 def test_a_run_trains_what_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

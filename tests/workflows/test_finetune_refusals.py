@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import lowra
-from lowra.compiler.errors import CheckpointError, OutputError, RecipeError
+from lowra.compiler.errors import CheckpointError, DataError, OutputError, RecipeError
+from lowra.workflows.training_data import TrainingData
 from lowra.workflows.training_settings import TrainingSettings
 from tests.models import tiny_llama
 from tests.runtime.compiled_models import SMALL
@@ -57,6 +58,29 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         TrainingSettings.from_dict(options)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "said"),
+    [
+        ([], [], "the training data has no row"),
+        ([[1, 2], [3]], [], "row 1 of train has 1 tokens: give rows of 2 to 128"),
+        ([[1] * 129], [], "row 0 of train has 129 tokens"),
+        (
+            [[1, 2], [3, 500]],
+            [],
+            "row 1 of train holds the token id 500, outside the model's 0..12",
+        ),
+        ([[1, 2]], [[1, -2]], "row 0 of held_out holds the token id -2"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model_are_refused(
+    train: list[list[int]], held_out: list[list[int]], said: str, tmp_path: Path
+) -> None:
+    rows = ([{"input_ids": ids} for ids in part] for part in (train, held_out))
+    with pytest.raises(DataError, match=said):
+        run(student(), tmp_path, TrainingData(*rows))
+    assert not list(tmp_path.iterdir())
 
 
 def test_patience_without_held_out_data_is_refused(tmp_path: Path) -> None:
