@@ -69,6 +69,9 @@ def finetune(
     require_language_model(model)
     folder = Path(work_dir).expanduser()
     data = _rows(model, data, tokenizer, settings, eval_data)
+    _require_held_out(settings, data)
+    arguments = _arguments(settings, data, folder / CHECKPOINTS)
+    optimizer = _optimizer(model, settings)
     run = {
         "settings": settings.to_dict(), "data": data.digest(), "base": base_mark(model).tolist(),
     }  # fmt: skip
@@ -77,8 +80,9 @@ def finetune(
     if begin(folder, run, model, restart) and (folder / REPORT).is_file():
         return Finetuned(finished(model, folder), folder)
     last = last_checkpoint(folder / CHECKPOINTS, steps)
+    arguments.eval_on_start = bool(data.held_out) and last is None
     with stage("fine-tune", steps) as bar:
-        trainer = _trainer(model, data, folder, tokenizer, settings, bar, tell, last is None)
+        trainer = _trainer(model, data, arguments, tokenizer, settings, optimizer, bar, tell)
         if last is not None:
             bar.advance(min(steps, step_of(last)))
         with half_products(trainer.model):  # it is where it will be trained
@@ -120,19 +124,19 @@ def _require_accelerate() -> None:
         raise TrainingError("Trainer needs the package accelerate: pip install 'lowra[train]'")
 
 
-def _trainer(
-    model: nn.Module, data: TrainingData, folder: Path, tokenizer: Any, settings: TrainingSettings,
-    bar: Any, tell: Callable[[dict[str, Any]], None] | None, fresh: bool,
-) -> Any:  # fmt: skip
-    from transformers import EarlyStoppingCallback, TrainingArguments
+def _require_held_out(settings: TrainingSettings, data: TrainingData) -> None:
+    if settings.patience is not None and not data.held_out:
+        raise RecipeError("patience needs held-out data: give eval_share or data to evaluate on")
 
-    from lowra.workflows.watched_trainer import PadRows, WatchedTrainer
+
+def _arguments(settings: TrainingSettings, data: TrainingData, checkpoints: Path) -> Any:
+    from transformers import TrainingArguments
 
     steps = settings.steps(len(data.train))
     often = min(steps, settings.eval_every or max(1, math.ceil(steps / 10)))
     evaluating = bool(data.held_out)
-    arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS), max_steps=steps,
+    return TrainingArguments(
+        output_dir=str(checkpoints), max_steps=steps,
         per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation, learning_rate=settings.rate,
         lr_scheduler_type=settings.schedule, warmup_steps=math.ceil(settings.warmup * steps),
@@ -141,23 +145,30 @@ def _trainer(
         save_total_limit=settings.keep, eval_strategy="steps" if evaluating else "no",
         eval_steps=often if evaluating else None, load_best_model_at_end=evaluating,
         metric_for_best_model="eval_loss" if evaluating else None, greater_is_better=False,
-        eval_on_start=evaluating and fresh, prediction_loss_only=True, seed=settings.seed,
-        report_to=[], restore_callback_states_from_checkpoint=settings.patience is not None,
+        prediction_loss_only=True, seed=settings.seed, report_to=[],
+        restore_callback_states_from_checkpoint=settings.patience is not None,
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False, dataloader_pin_memory=False,
         **_checkpointing(TrainingArguments, settings.checkpointing),
     )  # fmt: skip
+
+
+def _trainer(
+    model: nn.Module, data: TrainingData, arguments: Any, tokenizer: Any,
+    settings: TrainingSettings, optimizer: torch.optim.Optimizer | None, bar: Any,
+    tell: Callable[[dict[str, Any]], None] | None,
+) -> Any:  # fmt: skip
+    from transformers import EarlyStoppingCallback
+
+    from lowra.workflows.watched_trainer import PadRows, WatchedTrainer
+
     callbacks: list[Any] = []
     if settings.patience is not None:
-        if not evaluating:
-            raise RecipeError(
-                "patience needs held-out data: give eval_share or data to evaluate on"
-            )
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     return WatchedTrainer(
         model, arguments, data_collator=PadRows(_padding(tokenizer, model)),
         train_dataset=data.train, eval_dataset=data.held_out or None, callbacks=callbacks,
-        bar=bar, tell=tell or _silent, optimizers=(_optimizer(model, settings), None),
+        bar=bar, tell=tell or _silent, optimizers=(optimizer, None),
     )  # fmt: skip
 
 

@@ -83,6 +83,20 @@ def test_rows_that_do_not_fit_the_model_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_patience_without_held_out_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="patience needs held-out data"):
-        run(student(), tmp_path, patience=2, eval_share=0)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"patience": 2, "eval_share": 0}, "patience needs held-out data"),
+    ],
+)
+def test_what_is_refused_leaves_the_work_folder_as_it_was(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    new, cut = tmp_path / "new", tmp_path / "cut"
+    with pytest.raises(RecipeError, match=said):
+        run(student(), new, **options)
+    assert not new.exists()
+    interrupted(student(), cut, 5)
+    with pytest.raises(RecipeError, match=said):
+        run(student(), cut, restart=True, **options)
+    assert run(student(), cut).report["resumed_from"] == 4
