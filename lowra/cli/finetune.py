@@ -59,7 +59,11 @@ def finetune_model(
         ),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Learning rate. [0.0002; lora-rite 0.001, oplora 1]")
+        float | None,
+        typer.Option(
+            help="Learning rate; with lora-rite and oplora, of A and B alone. "
+            "[0.0002; lora-rite 0.001, oplora 1]"
+        ),
     ] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. [0.03]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of A and B. [0]")] = None,

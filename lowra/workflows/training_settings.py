@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowra.compiler.errors import RecipeError, nearest
-from lowra.runtime.training import check_parts
+from lowra.runtime.training import ADAPTERS, check_parts
 from lowra.workflows.training_data import LONG
 
 RATES = {"adamw": 2e-4, "lora-rite": 1e-3, "oplora": 1.0}
@@ -30,7 +30,8 @@ class TrainingSettings:
     optimizer: "adamw", or one that sees A and B as one product (`lowra.optim`): "lora-rite" or
         "oplora", which is not adaptive.
     rate (by default `RATES`), schedule, warmup (share of all steps), weight_decay, clip (norm of
-        the gradient; 0: none): of the optimiser.
+        the gradient; 0: none): of the optimiser. With "lora-rite" and "oplora" the rate is that of
+        the adapters; norms and tables go by AdamW at 2e-4, under the same schedule.
     eval_every: steps between evaluations, each with a checkpoint; by default a tenth of the run.
     patience: stop after so many evaluations in a row without a better loss; None: never.
     keep: checkpoints kept, the best beside them.
@@ -95,6 +96,11 @@ class TrainingSettings:
             value = getattr(self, name)
             if value not in legal:
                 raise RecipeError(f"{name}={value!r} is unknown; {nearest(str(value), legal)}")
+        if self.optimizer != "adamw" and "adapters" not in (self.train or ADAPTERS):
+            raise RecipeError(
+                f"optimizer={self.optimizer!r} moves adapters, and train="
+                f"{','.join(self.train or ())!r} names none: use adamw, or train adapters too"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingSettings:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowra.compiler.errors import RecipeError
+from lowra.optim.pairs import OTHERS_RATE
 from lowra.workflows.training_report import loss_curve
 from lowra.workflows.training_settings import TrainingSettings
 from tests.cli.conftest import letters
@@ -94,6 +95,20 @@ def test_a_curve_of_one_point_or_none_is_a_picture_too() -> None:
         picture = loss_curve(train, held_out)
         ElementTree.fromstring(picture)
         assert "nan" not in picture
+
+
+def test_beside_adapters_norms_train_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    """With an optimiser of adapters, `rate` is that of A and B alone, as the guide says."""
+    how = {"optimizer": "lora-rite", "train": ("adapters", "norms"), "max_steps": 2, "clip": 0}
+    start, slow, fast = student(), student(), student()
+    for name, model, rate in (("slow", slow, 1e-30), ("fast", fast, 1e-2)):
+        run(model, tmp_path / name, rate=rate, eval_share=0, **how)
+    moved = [(m.model.norm.weight - start.model.norm.weight).abs().max() for m in (slow, fast)]
+    assert all(0 < move < 2.1 * OTHERS_RATE for move in moved)
+    name = "model.layers.0.mlp.up_proj"
+    factor = start.get_submodule(name).lora_B
+    assert torch.equal(slow.get_submodule(name).lora_B, factor)
+    assert not torch.equal(fast.get_submodule(name).lora_B, factor)
 
 
 def test_a_padding_token_outside_the_vocabulary_is_not_used(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_rows_that_do_not_fit_the_model_are_refused(
     ("options", "said"),
     [
         ({"patience": 2, "eval_share": 0}, "patience needs held-out data"),
+        ({"optimizer": "lora-rite", "train": ("norms",)}, "optimizer='lora-rite' moves adapters"),
+        ({"optimizer": "oplora", "train": ("scales",)}, "oplora.* and train='scales' names none"),
     ],
 )
 def test_what_is_refused_leaves_the_work_folder_as_it_was(
