@@ -218,6 +218,15 @@ def base_mark(model: nn.Module) -> Tensor:
     return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
 
 
+def start_digest(model: nn.Module) -> str:
+    """sha256 of what `base_mark` leaves out: adapters, norms and whatever else is not compressed,
+    trained or frozen."""
+    total = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda named: named[0]):
+        total.update(f"{name} {checksum(parameter)}".encode())
+    return total.hexdigest()
+
+
 def _info(model: nn.Module) -> Compiled:
     info = compiled(model)
     assert info is not None

@@ -19,7 +19,7 @@ from torch import nn
 from lowra.compiler.errors import RecipeError, TrainingError
 from lowra.compiler.half_products import half_products
 from lowra.compiler.progress import stage
-from lowra.runtime.training import base_mark, parts_of, prepare_training
+from lowra.runtime.training import base_mark, parts_of, prepare_training, start_digest
 from lowra.workflows.evaluate import require_language_model
 from lowra.workflows.models import vocabulary_size
 from lowra.workflows.run_folder import (
@@ -53,14 +53,14 @@ def finetune(
 
     `data`: a file, a data set of the Hub, texts or records (`read_source`), or `TrainingData`;
     `eval_data` likewise. `settings`, or its fields as keywords (`epochs=3`). A run that was
-    interrupted goes on where its last checkpoint in `work_dir` was, and ends as if it had not been;
-    `restart` begins anew. `tell` takes every log entry. Where data are held out, the model ends as
-    it was at the best evaluation.
+    interrupted goes on where its last checkpoint in `work_dir` was, and ends as if it had not been:
+    give it the model as it was at the start, loaded anew. `restart` throws such a run away. `tell`
+    takes every log entry. Where data are held out, the model ends as it was at the best evaluation.
 
-    Raises RecipeError for settings out of range, or other than those of the run in `work_dir`;
-    CheckpointError for a model that is not compiled, has no adapter, or is not the one of that run;
-    DataError; TrainingError for a loss that is no number (the last good checkpoint stays), and
-    where accelerate is not installed.
+    Raises RecipeError for settings out of range, or settings, data or a start other than those of
+    the run in `work_dir`; CheckpointError for a model that is not compiled, has no adapter, or is
+    not the one of that run; DataError; TrainingError for a loss that is no number (the last good
+    checkpoint stays), and where accelerate is not installed.
     """
     settings = _settings(settings, options)
     _require_accelerate()
@@ -74,6 +74,7 @@ def finetune(
     optimizer = _optimizer(model, settings)
     run = {
         "settings": settings.to_dict(), "data": data.digest(), "base": base_mark(model).tolist(),
+        "start": start_digest(model),
     }  # fmt: skip
     begun = time.perf_counter()
     steps = settings.steps(len(data.train))

@@ -48,7 +48,7 @@ def begin(folder: Path, run: dict[str, Any], model: nn.Module, restart: bool) ->
 
 
 def _check_same(file: Path, run: dict[str, Any], model: nn.Module) -> None:
-    """Raise unless the run in the folder is `run`: same settings, same rows, same base."""
+    """Raise unless the run in the folder is `run`: same settings, rows, base and start."""
     way_out = "resume with the same ones, restart, or choose another work folder"
     try:
         before = json.loads(file.read_text())
@@ -63,6 +63,11 @@ def _check_same(file: Path, run: dict[str, Any], model: nn.Module) -> None:
     check_mark(model, mark)
     if before["data"] != run["data"]:
         raise RecipeError(f"the run in {file.parent} had other data or tokens: {way_out}")
+    if before.get("start") != run["start"]:
+        raise RecipeError(
+            f"the run in {file.parent} began with other adapters, norms or embeddings: load the "
+            "model that it began with anew, restart, or choose another work folder"
+        )
 
 
 def last_checkpoint(folder: Path, below: float = math.inf) -> Path | None:

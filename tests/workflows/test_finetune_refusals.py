@@ -60,6 +60,19 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
         TrainingSettings.from_dict(options)
 
 
+@pytest.mark.parametrize("what", ["lora_B", "norm.weight"])
+def test_another_start_on_the_same_base_is_another_run(what: str, tmp_path: Path) -> None:
+    """As where a second stage is trained from what the first one wrote."""
+    run(student(), tmp_path)
+    second = student()
+    changed = next(p for name, p in second.named_parameters() if name.endswith(what))
+    changed.data[0] += 1
+    with pytest.raises(RecipeError, match="began with other adapters, norms or .*load the model"):
+        run(second, tmp_path)
+    report = run(second, tmp_path, restart=True, tell=(told := []).append).report
+    assert told and report["resumed_from"] is None
+
+
 @pytest.mark.parametrize(
     ("train", "held_out", "said"),
     [
