@@ -6,6 +6,7 @@ and is refused elsewhere. One that lowra did not write carries none, and can com
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,9 @@ from lowra.runtime.adapter_view import (
 from lowra.runtime.checkpoint_writer import check_free, written_whole
 from lowra.runtime.compiled import ATTRIBUTE, Compiled, compiled
 from lowra.runtime.module_view import AdapterFactors, put_adapter, quantized_linears
+from lowra.runtime.trained_norms import held_norms
+
+log = logging.getLogger("lowra")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,8 +48,10 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     """Write the adapter of a compiled model as a folder that PEFT loads on the original model.
 
     `model` is a compiled model, or a peft.PeftModel around one, whose active adapter is written.
-    A and B go out bit for bit, in the dtype they have. Raises AdapterError for a model without an
-    adapter, OutputError as lowra.save does; `overwrite` replaces an adapter, and nothing else.
+    A and B go out bit for bit, in the dtype they have. Norms that trained beside them are no part
+    of an adapter, which a warning says: `lowra.save` writes them. Raises AdapterError for a model
+    without an adapter, OutputError as lowra.save does; `overwrite` replaces an adapter, and nothing
+    else.
     """
     inner = _inside_peft(model)
     info = _info(inner)
@@ -58,6 +64,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     base = base_of(inner, info, with_adapter=wrapped)
     target = Path(path)
     _check_free(target, overwrite)
+    _warn_of_norms(inner, target)
     with written_whole(target) as folder:
         if wrapped:
             _save_with_peft(model, folder, base)
@@ -102,6 +109,16 @@ def _check_free(target: Path, overwrite: bool) -> None:
     found = {file.name for file in target.iterdir()} if target.is_dir() else set[str]()
     if found - {CONFIG, WEIGHTS, "README.md"}:
         raise OutputError(f"{target} holds more than an adapter and is kept; choose another folder")
+
+
+def _warn_of_norms(model: nn.Module, target: Path) -> None:
+    norms = held_norms(model)
+    if norms:
+        log.warning(
+            "%s trained beside this adapter and is no part of it: %s lacks %d norms, and the "
+            "adapter alone computes something else; lowra.save writes the whole model",
+            norms[0], target, len(norms),
+        )  # fmt: skip
 
 
 def _info(model: nn.Module) -> Compiled:

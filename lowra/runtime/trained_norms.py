@@ -21,6 +21,11 @@ def hold_norm(norm: nn.Module, dtype: torch.dtype) -> None:
         norm.register_forward_hook(_as_input)
 
 
+def held_norms(model: nn.Module) -> list[str]:
+    """The norms that trained, or were made ready to."""
+    return [name for name, module in model.named_modules() if STORED in module.__dict__]
+
+
 def _as_input(_norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     """A norm whose weight is in float32 would make the rest of a bfloat16 model float32."""
     given = inputs[0] if inputs else None

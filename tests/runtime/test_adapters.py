@@ -347,6 +347,19 @@ def test_a_model_without_an_adapter_writes_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_norms_that_trained_beside_an_adapter_are_missed_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = target()
+    lowra.prepare_training(model)
+    lowra.save_adapter(model, tmp_path / "alone")
+    assert not caplog.records
+    lowra.prepare_training(model, ("adapters", "norms"))
+    lowra.save_adapter(model, tmp_path / "beside")
+    assert "norm trained beside this adapter and is no part of it" in caplog.text
+    assert "lowra.save writes the whole model" in caplog.text
+
+
 def test_a_folder_in_use_is_kept(written: Path) -> None:
     before = (written / "adapter_config.json").read_bytes()
     with pytest.raises(OutputError, match="not empty"):
