@@ -163,7 +163,9 @@ def _tell(ctx: typer.Context, entry: dict[str, Any]) -> None:
 
 def _render(console: Console, data: dict[str, Any]) -> None:
     rows = [
-        (str(e["step"]), f"{e['loss']:.4f}", f"{e['perplexity']:.3f}") for e in data["evaluations"]
+        (str(e["step"]), f"{e['loss']:.4f}", "inf" if p is None else f"{p:.3f}")
+        for e in data["evaluations"]
+        for p in [e["perplexity"]]
     ]
     if rows:
         print_table(console, "held-out data", ("step>", "loss>", "perplexity>"), rows)

@@ -21,7 +21,8 @@ def make_report(
     """Plain JSON data: settings, data, what trained, both curves, and the best evaluation.
 
     `curve` has one entry per log (loss, rate, norm of the gradient, tokens per second, peak
-    memory), `evaluations` one per evaluation, step 0 before training.
+    memory), `evaluations` one per evaluation, step 0 before training. A number beyond a float is
+    None: JSON has no infinity.
     """
     history = state.log_history
     curve = [_step(entry) for entry in history if "loss" in entry]
@@ -52,14 +53,18 @@ def make_report(
 def _step(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": entry["step"], "loss": entry["loss"], "rate": entry.get("learning_rate"),
-        "gradient_norm": entry.get("grad_norm"),
+        "gradient_norm": _finite(entry.get("grad_norm")),
         "tokens_per_second": entry.get("tokens_per_second"),
         "peak_bytes": entry.get("peak_bytes", 0),
     }  # fmt: skip
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def _exp(value: float) -> float | None:
+    return math.exp(value) if value < 700 else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def write_report(report: dict[str, Any], data: Path, picture: Path) -> None:

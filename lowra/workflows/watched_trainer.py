@@ -1,10 +1,12 @@
-"""transformers' Trainer with an eye on it: bad losses stop it, and what happens is told."""
+"""transformers' Trainer with an eye on it: it stops at what is no number, and tells of the rest."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lowra.compiler.errors import TrainingError
 from lowra.compiler.progress import Stage
+from lowra.workflows.run_folder import last_checkpoint
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes one entry of the log: of a step, or of an evaluation."""
@@ -32,8 +35,12 @@ def peak_bytes() -> int:
 
 
 class WatchedTrainer(Trainer):
-    """A Trainer that raises TrainingError, before the weights change, for a loss or gradient that
-    is no number, and tells every log entry with tokens per second and peak memory."""
+    """A Trainer that raises TrainingError for what is no number, and tells every log entry with
+    tokens per second and peak memory.
+
+    A loss or gradient stops it before the weights change, a held-out loss or a trained weight
+    before a checkpoint is written: what checkpoints there are, are good.
+    """
 
     def __init__(self, *arguments: Any, bar: Stage, tell: Tell, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -46,18 +53,45 @@ class WatchedTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Tensor:
         self.tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, *rest, **options)
+        step = self.state.global_step + 1
         if not bool(torch.isfinite(loss)):
-            self.stop(f"the loss is {loss.item()}")
+            self._stop(f"the loss is {loss.item()} at step {step}")
+        if self.accelerator.sync_gradients:  # Trainer clips next, and makes of one NaN all NaN
+            named = ((name, p.grad) for name, p in self._trained())
+            odd = _not_finite((name, grad) for name, grad in named if grad is not None)
+            if odd is not None:
+                self._stop(f"the gradient of {odd} is not finite at step {step}")
         return loss
 
-    def stop(self, what: str) -> None:
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        found = super().evaluate(*arguments, **options)
+        if not math.isfinite(found["eval_loss"]):
+            step = self.state.global_step
+            self._stop(f"the held-out loss is {found['eval_loss']} after step {step}")
+        return found
+
+    def check_weights(self) -> None:
+        """Raise TrainingError where a step has ruined what trains."""
+        odd = _not_finite(self._trained())
+        if odd is not None:
+            self._stop(f"{odd} is not finite after step {self.state.global_step}")
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.model is not None
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def _stop(self, what: str) -> None:
         """Raise TrainingError; the weights are those of the last step."""
         assert self.model is not None
         self.model.zero_grad()
-        step = self.state.global_step
+        last = last_checkpoint(Path(str(self.args.output_dir)))
+        kept, go_on = "no checkpoint was written", ""
+        if last is not None:
+            kept = f"{last} is the last good checkpoint"
+            go_on = "; docs/guide-finetuning.md says how to go on from a checkpoint"
         raise TrainingError(
-            f"{what} at step {step + 1}; the adapter is as step {step} left it, and checkpoints "
-            "stay as they are: lower the rate, clip the gradient, or look at the data"
+            f"{what}; the adapter is as step {self.state.global_step} left it, and {kept}: look at "
+            f"the data, or begin anew in another work folder with a lower rate or clip{go_on}"
         )
 
     def log(self, logs: dict[str, float], *rest: Any, **options: Any) -> None:
@@ -80,20 +114,20 @@ class WatchedTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Advances the bar, and looks at gradients before the optimiser does."""
+    """Advances the bar, and looks at the weights before a checkpoint is written."""
 
     def __init__(self, trainer: WatchedTrainer) -> None:
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.advance()
+        if control.should_save:
+            self._trainer.check_weights()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self._trainer.model is not None
-        named = self._trainer.model.named_parameters()
-        for name, parameter in named:
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                self._trainer.stop(f"the gradient of {name} is not finite")
+
+def _not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The first name of a tensor that holds NaN or infinity."""
+    return next((name for name, t in named if not bool(t.isfinite().all())), None)
 
 
 class PadRows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import lowra
 from lowra.compiler.errors import TrainingError
+from lowra.workflows.training_report import make_report, write_report
 from tests.workflows.finetune_runs import factors, run, student
 
 pytest.importorskip("accelerate")
@@ -43,11 +47,74 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_change(tmp_pa
 def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path: Path) -> None:
     model = student()
     before = {name: p.clone() for name, p in factors(model).items()}
-    factor = next(p for n, p in model.named_parameters() if n.endswith("lora_B"))
-    factor.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(TrainingError, match="gradient of .*lora_B is not finite at step 1"):
-        run(model, tmp_path)
+    name = list(before)[-1]  # clipping makes NaN of all others, too
+    model.get_parameter(name).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(TrainingError, match=f"gradient of {name} is not finite at step 1;"):
+        run(model, tmp_path, accumulation=2)
     assert all(torch.equal(p, before[name]) for name, p in factors(model).items())
+
+
+def test_weights_that_a_step_ruins_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"lora_\w is not finite after step 1; .*no checkpoint"):
+        run(student(), tmp_path, max_steps=1, rate=1e39, warmup=0)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_checkpoint_before_a_ruinous_step_is_kept_and_named(tmp_path: Path) -> None:
+    """The first step of a warm-up has the rate 0."""
+    how = {"eval_share": 0, "eval_every": 1, "max_steps": 4, "warmup": 0.5, "rate": 1e39}
+    with pytest.raises(TrainingError, match=r"is not finite after step 2; .*checkpoint-1 is the"):
+        run(student(), tmp_path, **how)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
+
+
+def ruined_at(model: Any, step: int) -> Any:
+    """Makes weights NaN behind a step, in front of its evaluation."""
+
+    def ruin(entry: dict[str, Any]) -> None:
+        if entry["step"] == step and "loss" in entry:
+            model.lm_head.weight.data.fill_(float("nan"))
+
+    return ruin
+
+
+def test_a_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    model = student()
+    with pytest.raises(TrainingError, match="the held-out loss is nan after step 4; .*nt-2 is the"):
+        run(model, tmp_path, tell=ruined_at(model, 4))
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_ways_out_that_a_stop_names_work(tmp_path: Path) -> None:
+    """To go on from the named checkpoint, or to begin anew, at another rate in another folder."""
+    with pytest.raises(TrainingError) as stopped:
+        run(poisoned(step=5), tmp_path / "bad")
+    said = str(stopped.value)
+    assert "another work folder" in said and "docs/guide-finetuning.md" in said
+    checkpoint = Path(said[said.index(str(tmp_path)) :].split(" is the last")[0])
+    assert checkpoint.name == "checkpoint-4"
+    model = student()
+    lowra.prepare_training(model)
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+    on = run(model, tmp_path / "on", rate=1e-3).report
+    anew = run(student(), tmp_path / "anew", rate=1e-3).report
+    assert on["before"]["loss"] < anew["before"]["loss"]
+    assert checkpoint.is_dir()
+
+
+def test_a_report_is_json_whatever_the_losses_are(tmp_path: Path) -> None:
+    state = SimpleNamespace(
+        global_step=1, max_steps=1, epoch=1.0, log_history=[
+            {"step": 1, "loss": 800.0, "grad_norm": float("inf")}, {"step": 1, "eval_loss": 800.0},
+        ],
+    )  # fmt: skip
+    report = make_report(state, {}, {}, lowra.trainable(student()))
+    assert report["best"] == {"step": 1, "loss": 800.0, "perplexity": None}
+    assert report["curve"][0]["gradient_norm"] is None
+    write_report(report, tmp_path / "report.json", tmp_path / "loss.svg")
+    refuse = {"parse_constant": lambda word: pytest.fail(f"{word} is no JSON")}
+    assert json.loads((tmp_path / "report.json").read_text(), **refuse) == report
 
 
 def test_early_stopping_stops_where_the_loss_gets_no_better(tmp_path: Path) -> None:
