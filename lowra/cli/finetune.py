@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FIELDS = (
     "text_field", "split", "context", "long", "eval_share", "epochs", "max_steps", "batch",
-    "accumulation", "optimizer", "rate", "warmup", "weight_decay", "clip", "eval_every",
-    "patience", "keep", "checkpointing", "autocast", "seed",
+    "accumulation", "optimizer", "rate", "schedule", "warmup", "weight_decay", "clip",
+    "eval_every", "patience", "keep", "checkpointing", "autocast", "seed",
 )  # fmt: skip
 """Options that are fields of TrainingSettings, whose defaults hold where one is not given."""
 
@@ -63,6 +63,13 @@ def finetune_model(
         typer.Option(
             help="Learning rate; with lora-rite and oplora, of A and B alone. "
             "[0.0002; lora-rite 0.001, oplora 1]"
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cosine|linear|constant_with_warmup",
+            help="The rate after the warm-up. [cosine]",
         ),
     ] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. [0.03]")] = None,

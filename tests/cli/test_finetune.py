@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lowra.cli.finetune import FIELDS
+from lowra.workflows.training_settings import TrainingSettings
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -37,6 +41,10 @@ def test_finetune_trains_writes_and_reports(lowra: Any, checkpoint: Path, data: 
     assert scored["perplexity"] > 0
 
 
+def test_every_setting_is_an_option() -> None:
+    assert {*FIELDS, "train"} == {field.name for field in dataclasses.fields(TrainingSettings)}
+
+
 def test_finetune_refuses_by_name(lowra: Any, checkpoint: Path, dense: Path, data: Path) -> None:
     out = data.parent / "out"
     found = lowra.json("finetune", checkpoint, out, "--data", data, *RUN, code=4)
@@ -45,6 +53,8 @@ def test_finetune_refuses_by_name(lowra: Any, checkpoint: Path, dense: Path, dat
     assert "is not compressed: run lowra compile" in found["error"]
     found = lowra.json("finetune", checkpoint, out, "--data", data, "--rate", 0, code=2)
     assert "rate=0" in found["error"]
+    found = lowra.json("finetune", checkpoint, out, "--data", data, "--schedule", "cos", code=2)
+    assert "schedule='cos' is unknown; nearest: cosine" in found["error"]
     assert not out.exists()
 
 
