@@ -126,8 +126,13 @@ class _Watch(TrainerCallback):
 
 
 def _not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The first name of a tensor that holds NaN or infinity."""
-    return next((name for name, t in named if not bool(t.isfinite().all())), None)
+    """The first name of a tensor that holds NaN or infinity. A GPU is waited for once."""
+    names, good = [], []
+    for name, tensor in named:
+        names.append(name)
+        good.append(tensor.isfinite().all())
+    found = torch.stack([one.to(good[0].device) for one in good]).tolist() if good else []
+    return next((name for name, finite in zip(names, found, strict=True) if not finite), None)
 
 
 class PadRows:
