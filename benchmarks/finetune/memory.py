@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.finetune.bases import RANK, with_lora
 from benchmarks.quality.protocol import sites_of
 from benchmarks.results_file import write_results
+from lowra.compiler.half_products import half_products
 from lowra.runtime.modules import QuantizedLinear
 from lowra.workflows.bench import random_weight
 
@@ -97,7 +98,8 @@ def step_memory(shapes: str, base: str, tokens: int) -> Row:
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with half_products(model):  # bfloat16 bases would take minutes on a CPU without AVX-512
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -60,13 +60,13 @@ def memory(data: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         "| model | base | peak | weights | adapters | gradients | AdamW | activations and the rest "
-        "| weights of all layers |"
+        "| weights of all layers | seconds |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in data["rows"]:
         two = row["shapes"] == "llama-7b"
         name = "Llama-2-7B, 2 layers" if two else "SmolLM2-135M"
         parts = (row[p] for p in ("peak", "weights", "adapters", "gradients", "optimizer", "rest"))
         whole = ENDS + (row["weights"] - ENDS) * LAYERS // 2 if two else row["weights"]
         cells = " | ".join(f"{part / 1e6:,.0f}" for part in (*parts, whole))
-        yield f"| {name} | {row['base']} | {cells} |"
+        yield f"| {name} | {row['base']} | {cells} | {row['seconds']:.1f} |"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from lowra.workflows.run_folder import (
 from lowra.workflows.training_data import TrainingData, check_rows, training_data
 from lowra.workflows.training_report import make_report, write_report
 from lowra.workflows.training_settings import TrainingSettings
+
+log = logging.getLogger("lowra")
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,19 @@ def finetune(
     kept = trainer.state.best_model_checkpoint or last_checkpoint(folder / CHECKPOINTS)
     assert kept is not None, "training ends with a checkpoint"
     report["checkpoint"] = Path(kept).name
+    _warn_if_worse(report)
     write_report(report, folder / REPORT, folder / CURVE)
     return Finetuned(report, folder)
+
+
+def _warn_if_worse(report: dict[str, Any]) -> None:
+    before, best = report["before"], report["best"]
+    if before is not None and best["loss"] >= before["loss"]:
+        log.warning(
+            "training did not help: the held-out loss was %.4f before it and %.4f at best, at step "
+            "%d; lower the rate, or keep the model as it was",
+            before["loss"], best["loss"], best["step"],
+        )  # fmt: skip
 
 
 def _settings(settings: TrainingSettings | None, options: dict[str, Any]) -> TrainingSettings:

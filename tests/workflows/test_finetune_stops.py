@@ -123,3 +123,18 @@ def test_early_stopping_stops_where_the_loss_gets_no_better(tmp_path: Path) -> N
     assert len({e["loss"] for e in report["evaluations"]}) == 1
     assert report["stopped_early"] and report["steps"] == 6
     assert report["best"]["step"] == 2
+
+
+@pytest.mark.parametrize("helped", [True, False])
+def test_a_run_that_did_not_help_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, helped: bool
+) -> None:
+    model = student()
+
+    def spoil(entry: dict[str, Any]) -> None:
+        if entry["step"] == 2 and "loss" in entry and not helped:
+            model.lm_head.weight.data.mul_(-30)
+
+    report = run(model, tmp_path, tell=spoil).report
+    assert (report["best"]["loss"] < report["before"]["loss"]) == helped
+    assert ("training did not help: the held-out loss was" in caplog.text) != helped
