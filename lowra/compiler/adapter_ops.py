@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.compiler.errors import AdapterError
 from lowra.compiler.ops import LIBRARY
 
 HELD = (
@@ -35,6 +36,18 @@ LIBRARY.define(f"apply_adapters(Tensor y, Tensor x, {HELD}) -> Tensor")
 LIBRARY.define(
     f"apply_adapters_backward(Tensor grad, Tensor y, Tensor x, {HELD}) -> (Tensor, Tensor, Tensor)"
 )
+
+
+def require_rows(y: Tensor, x: Tensor, slots: Tensor, weights: Tensor) -> None:
+    """Raise AdapterError unless each row of x and y has one of slots and one of weights, which are
+    as wide: kernels read them by the rows of x."""
+    shapes = [list(tensor.shape) for tensor in (y, x, slots, weights)]
+    if all(len(s) == 2 and s[0] == shapes[0][0] for s in shapes) and shapes[2] == shapes[3]:
+        return
+    raise AdapterError(
+        "apply_adapters takes y [m, n], x [m, k], slots [m, J] and weights [m, J]; given are y "
+        f"{shapes[0]}, x {shapes[1]}, slots {shapes[2]}, weights {shapes[3]}"
+    )
 
 
 @torch.library.register_fake("lowra::apply_adapters")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,6 +162,20 @@ def test_chunks_that_leave_the_pages_or_do_not_fit_are_refused(column: str, valu
             torch.zeros(3, 40), torch.zeros(3, 300), pages, chunks, bounds, scalings, slots,
             torch.ones(3, 1), 4,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("slots", "weights"), [((5, 2), (5, 2)), ((3, 2), (5, 2)), ((5, 2), (3, 2)), ((3, 2), (3, 1))]
+)
+@pytest.mark.parametrize("op", [OPS.apply_adapters, reference], ids=["kernel", "reference"])
+def test_slots_and_weights_of_other_rows_are_refused(
+    op: Any, slots: tuple[int, int], weights: tuple[int, int]
+) -> None:
+    """The kernel reads memory by the rows of x."""
+    tables = held([site_of("s", 40, 300, Drawn())[0]], 512)
+    which = torch.zeros(slots, dtype=torch.int32)
+    with pytest.raises(AdapterError, match=r"x \[3, 300\].*slots \[.*weights \["):
+        op(torch.zeros(3, 40), torch.zeros(3, 300), *tables, which, torch.ones(weights), 4)
 
 
 def test_the_same_with_any_number_of_threads() -> None:

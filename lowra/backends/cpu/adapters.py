@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowra.backends.cpu.toolchain import library, pointer
 from lowra.backends.reference import adapters as reference
+from lowra.compiler.adapter_ops import require_rows
 from lowra.compiler.errors import AdapterError
 from lowra.compiler.grids import level_tables
 from lowra.compiler.ops import LIBRARY
@@ -20,8 +21,10 @@ def apply_adapters(
 ) -> Tensor:  # fmt: skip
     """y + sum over j of w_j (f_j(y) - y); see the reference. In float32.
 
-    Raises AdapterError for chunks that leave the pages or do not fit the linear.
+    Raises AdapterError for chunks that leave the pages or do not fit the linear, and for slots and
+    weights of other rows.
     """
+    require_rows(y, x, slots, weights)
     built = None if y.dtype == torch.float64 else library("adapters")
     if built is None:
         tables = (pages, chunks, bounds, scalings, slots, weights)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowra.compiler.adapter_ops import require_rows
 from lowra.compiler.adapter_pages import CORE, DIAGONAL, OUT, POST, A, B, read_chunk
 from lowra.compiler.ops import LIBRARY
 
@@ -78,6 +79,7 @@ def apply_adapters(
     slots: Tensor, weights: Tensor, rank: int,
 ) -> Tensor:  # fmt: skip
     """y + sum over j of w_j (d_j * (y + s_j o_j * B_j C_j A_j x) - y)."""
+    require_rows(y, x, slots, weights)
     working = _working(y.dtype)
     base, inputs, sums = y.to(working), x.to(working), y.to(working, copy=True)
     share, scale = weights.to(working), scalings.to(working)

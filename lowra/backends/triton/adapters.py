@@ -15,6 +15,7 @@ from lowra.backends.triton.keys import Blocks, ExpandKey, GatherKey
 from lowra.backends.triton.schedule import processors
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES
+from lowra.compiler.adapter_ops import require_rows
 from lowra.compiler.grids import level_tables
 from lowra.compiler.ops import LIBRARY
 
@@ -29,7 +30,8 @@ def apply_adapters(
 ) -> Tensor:  # fmt: skip
     """y + sum over j of w_j (f_j(y) - y); see the reference. Sums are float32, factors TF32 where
     y is in half precision. Chunks are taken as a pool made them: a look at them would wait for the
-    device."""
+    device. Raises AdapterError for slots and weights of other rows than x."""
+    require_rows(y, x, slots, weights)
     tables = (pages, chunks, bounds, scalings, slots, weights)
 
     def plain() -> Tensor:
