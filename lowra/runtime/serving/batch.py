@@ -55,11 +55,15 @@ class Batch:
             self._known[key] = self._made(where, key, device)
         found = self._known[key]
         weights = None if self.gate is None else self.gate(where)
-        return (
-            found
-            if weights is None
-            else Entries(found.slots, weights.view(-1, weights.shape[-1]), found.own)
-        )
+        if weights is None:
+            return found
+        if weights.shape != (*key, found.slots.shape[1]):
+            raise AdapterError(
+                f"{where} is given tokens {list(key)}, its gate gave weights of "
+                f"{weights.shape[-1]} adapters for {list(weights.shape[:-1])}: gates serve models "
+                "whose linears read the tokens that their layer is given"
+            )
+        return Entries(found.slots, weights.reshape(found.slots.shape), found.own)
 
     def _made(self, where: str, shape: tuple[int, ...], device: torch.device) -> Entries:
         tables = (self.slots, self.weights, self.own[..., None])

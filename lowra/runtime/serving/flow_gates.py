@@ -39,6 +39,11 @@ class FlowGates(nn.Module):
         self.layers = tuple(dict.fromkeys(m["layer"] for m in matches if m))
         if not self.layers:
             raise AdapterError("this model has no numbered layers to gate")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise AdapterError(
+                "this model is an encoder-decoder: its cross-attention reads the encoder's tokens, "
+                "which no gate of the decoder's layers weighs; gate a decoder, or an encoder"
+            )
         width = _width(model)
         self.adapters, self.temperature = tuple(adapters), temperature
         count, layers = len(adapters), len(self.layers)
@@ -53,7 +58,8 @@ class FlowGates(nn.Module):
     @contextmanager
     def use(self, pool: AdapterPool) -> Iterator[Batch]:
         """Within the block the pool's model applies the adapters as the gates say, with gradients
-        to the gates. Raises AdapterError as `pool.use` does."""
+        to the gates. Raises AdapterError as `pool.use` does, and in a forward for a linear that
+        reads other rows than its layer is given."""
         found: dict[str, Tensor] = {}
 
         def gate_of(site: str) -> Tensor | None:

@@ -12,6 +12,7 @@ from lowra.compiler.errors import AdapterError
 from lowra.runtime.serving.ensemble import Ensemble, ensemble
 from lowra.runtime.serving.flow_gates import FlowGates
 from lowra.runtime.serving.index import INSTRUCTION, AdapterIndex
+from tests.runtime.compiled_models import end_to_end
 from tests.runtime.served_models import alone, ids_of, llama, pool_of, run
 
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
@@ -115,6 +116,24 @@ def test_gates_without_meaning_are_refused() -> None:
     for adapters, temperature in ((["lora"], 1.0), (["lora", "lora"], 1.0), (["a", "b"], 0.0)):
         with pytest.raises(AdapterError, match="two or more adapters, each once"):
             FlowGates(llama().compiled, adapters, temperature)
+
+
+def test_gates_of_other_rows_than_a_layers_inputs_are_refused() -> None:
+    """As many weights in another order would be the wrong tokens' ones."""
+    pool, ids = pool_of(llama().compiled, "lora", "packed-wide"), ids_of(2)
+    with pool.use({"lora": 1.0, "packed-wide": 1.0}) as batch:
+        for rows in ((2, 4), (12,), (1, 12)):
+            batch.gate = lambda _, rows=rows: torch.ones(*rows, 2)
+            shown = ", ".join(map(str, rows))
+            match = rf"q_proj is given tokens \[2, 6\].*for \[{shown}\]"
+            with pytest.raises(AdapterError, match=match):
+                run(pool.model, ids)
+
+
+def test_gates_of_an_encoder_decoder_are_refused() -> None:
+    """Its cross-attention reads tokens that no layer of the decoder is given."""
+    with pytest.raises(AdapterError, match="cross-attention"):
+        FlowGates(end_to_end("tiny_t5").compiled, ["a", "b"])
 
 
 VECTORS = {"sum": [1.0, 0.0, 0.0], "code": [0.0, 1.0, 0.0], "poem": [0.0, 0.0, 2.0]}
