@@ -19,6 +19,7 @@ from lowra.compiler.adapter_delta import AdapterDelta
 from lowra.compiler.errors import AdapterError, nearest
 from lowra.runtime.adapter_view import base_of, require_unwrapped
 from lowra.runtime.checkpoint_writer import check_free, written_whole
+from lowra.runtime.claim import claim
 from lowra.runtime.compiled import compiled
 from lowra.runtime.manifest import checksum, manifest_checksum
 from lowra.runtime.module_view import quantized_linears
@@ -49,22 +50,24 @@ class TrainedAdapter(nn.Module):
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model's layers add this adapter's changes, with gradients."""
+        """Within the block the model's layers add this adapter's changes, with gradients.
+
+        Raises AdapterError for layers that are not there, or that serve adapters already.
+        """
         layers = quantized_linears(model)
-        chosen = {name: (layers.get(name), site) for name, site in self.by_name.items()}
-        for name, (layer, site) in chosen.items():
+        chosen: dict[QuantizedLinear, Kind] = {}
+        for name, site in self.by_name.items():
+            layer = layers.get(name)
             if layer is None or (layer.n, layer.k) != (site.n, site.k):
                 raise AdapterError(f"{name} [{site.n}, {site.k}] is no linear of this model")
-            if layer.served is not None:
-                raise AdapterError("the model serves adapters already: leave that block first")
-        try:
-            for layer, site in chosen.values():
-                assert layer is not None
-                layer.served = _Applied(site)
-            yield
-        finally:
-            for layer, _ in chosen.values():
-                if layer is not None:
+            chosen[layer] = site
+        with claim(chosen):
+            try:
+                for layer, site in chosen.items():
+                    layer.served = _Applied(site)
+                yield
+            finally:
+                for layer in chosen:
                     layer.served = None
 
     def delta(self) -> AdapterDelta:

@@ -17,6 +17,7 @@ from torch import nn
 
 from lowra.compiler.errors import AdapterError, LowraError, nearest
 from lowra.runtime.adapter_view import base_of, require_unwrapped
+from lowra.runtime.claim import claim
 from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.serving.batch import Batch, Choices, SiteMix, read_choices
@@ -58,7 +59,7 @@ class AdapterPool:
         device = next(iter(self._layers.values())).codes.device
         self._residents = Residents(budget_bytes // page_bytes, page_bytes // 4, device)
         self._entries: dict[str, Registered] = {}
-        self._lock, self._serving = threading.RLock(), threading.Lock()
+        self._lock = threading.RLock()
         self._worker: ThreadPoolExecutor | None = None
 
     # --- what is registered -------------------------------------------------------------------
@@ -184,7 +185,8 @@ class AdapterPool:
         `expand`: rows that each sequence becomes, as `generate` does for beams.
 
         Raises AdapterError for unknown names, for adapters that do not fit into the pool together,
-        and where another block is active. An inner block is refused: choices do not add up.
+        and within another block of this model, of whichever pool, thread or adapter in training:
+        choices do not add up.
         """
         names = {name for name in read_choices(adapters, lambda _: True).names}
         with self._lock:
@@ -192,22 +194,20 @@ class AdapterPool:
         batch = read_choices(adapters, lambda name: entries[name].on_top, expand)
         if self.model.training:
             raise AdapterError("the model is in training mode; a pool serves: call model.eval()")
-        if not self._serving.acquire(blocking=False):
-            raise AdapterError("this pool serves a batch already: leave its `use` block first")
         held: list[str] = []
-        try:
-            for name in batch.names:
-                self._bring(name, hold=True, beside=batch.names)
-                held.append(name)
-            self._serve(batch)
-            yield batch
-        finally:
-            for layer in self._layers.values():
-                object.__setattr__(layer, "served", None)
-            with self._lock:
-                for name in held:
-                    self._residents.release(name)
-            self._serving.release()
+        with claim(self._layers.values()):
+            try:
+                for name in batch.names:
+                    self._bring(name, hold=True, beside=batch.names)
+                    held.append(name)
+                self._serve(batch)
+                yield batch
+            finally:
+                for layer in self._layers.values():
+                    object.__setattr__(layer, "served", None)
+                with self._lock:
+                    for name in held:
+                        self._residents.release(name)
 
     def generate(self, *inputs: Any, adapters: Choices, **options: Any) -> Any:
         """`model.generate` under `use`, one choice per prompt: beams and returned sequences take

@@ -44,7 +44,7 @@ def test_mistakes_are_named() -> None:
             pool.remove("lora")
         with pytest.raises(AdapterError, match="in use by a batch and cannot be replaced"):
             pool.add("lora", folder("wide"), replace=True)
-        with pytest.raises(AdapterError, match="serves a batch already"):
+        with pytest.raises(AdapterError, match="serves adapters already"):
             pool.use(None).__enter__()
     with pool.use(["lora", None]), pytest.raises(AdapterError, match=r"inputs \[3, 6, k\].*2 seq"):
         run(pool.model, ids_of(3))
