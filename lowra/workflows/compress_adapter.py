@@ -95,11 +95,13 @@ def compress_by(
     check_free(Path(path), overwrite)
     found = read_adapter(source, check_base=False)
     adapters = [LowRank(name, a, b, s) for name, (a, b, s) in found.factors.items()]
-    if not any(bool(f.b.any()) and bool(f.a.any()) for f in adapters):
-        raise AdapterError(
-            f"{source}: B A is zero at every site: it was never trained, there is nothing to store"
-        )
     done = quantize_sites(adapters, method, f"compress {Path(source).name}")
+    energy = sum(quantized.energy for quantized in done)
+    if not energy:
+        raise AdapterError(
+            f"{source}: scaling B A is zero at every site: it was never trained, or its lora_alpha "
+            "is 0; there is nothing to store"
+        )
     packed = [quantized.site for quantized in done]
     errors = {quantized.site.name: quantized.error for quantized in done}
     lost = sum(quantized.energy * quantized.error for quantized in done)
@@ -114,7 +116,7 @@ def compress_by(
         stored_bits=content.adapter.stored_bits() / content.adapter.parameters,
         file_bytes=file_bytes,
         plain_bytes=sum(x.numel() * x.element_size() for f in adapters for x in (f.a, f.b)),
-        error=lost / sum(quantized.energy for quantized in done),
+        error=lost / energy,
         seconds=time.perf_counter() - begun,
         sites=tuple(site_row(site, errors[site.name]) for site in packed),
     )

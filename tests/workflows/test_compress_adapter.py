@@ -134,10 +134,23 @@ def test_a_broken_adapter_is_refused_and_nothing_is_written(tmp_path, tensors, c
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
-def test_an_adapter_that_was_never_trained_is_refused(tmp_path: Path) -> None:
-    fresh = LowRank("up", torch.randn(4, 32), torch.zeros(16, 4), 1.0)
-    with pytest.raises(AdapterError, match="never trained"):
-        lowra.compress_adapter(peft_folder(tmp_path / "in", [fresh]), tmp_path / "out")
+ONE = torch.eye(1, 160)
+NOTHING: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, float]]] = {
+    "B is zero": (ONE, torch.zeros(96, 1), {}),
+    "directions cancel": (ONE.expand(2, -1), torch.tensor([[1.0, -1.0]]), {}),
+    "values vanish": (1e-30 * ONE, torch.full((96, 1), 1e-30), {}),
+    "the scaling is zero": (ONE, torch.ones(96, 1), {"lora_alpha": 0}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", NOTHING)
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path, case: str, method) -> None:
+    a, b, config = NOTHING[case]
+    source = peft_folder(tmp_path / "in", [LowRank("up", a, b, 1.0)], config=config)
+    with pytest.raises(AdapterError, match="scaling B A is zero at every site"):
+        lowra.compress_adapter(source, tmp_path / "out", **method)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
 def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
