@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from lowra.compiler.errors import AdapterError
+from lowra.runtime.serving.pages import MOST_BYTES
 from lowra.runtime.serving.pool import AdapterPool
 
 ROOM = 1 << 28
@@ -25,7 +26,7 @@ def with_adapter(model: nn.Module, folder: Path) -> Iterator[None]:
     if not folder.is_dir():
         raise AdapterError(f"no adapter at {str(folder)!r}: give the folder of one")
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    pool = AdapterPool(model, 2 * size + ROOM)
+    pool = AdapterPool(model, min(2 * size + ROOM, MOST_BYTES))
     pool.add("adapter", folder)
     with pool.use("adapter"):
         yield

@@ -16,6 +16,9 @@ from lowra.compiler.errors import AdapterError
 Key = tuple[str, int]
 """A linear's name and a role; or the name of a part of a basis and 0."""
 
+MOST_BYTES = 1 << 33
+"""Of a pool: chunks tell the word that they begin at in 31 bits."""
+
 _AT = CHUNK.index("at")
 _OPEN = 8
 _REST = 16

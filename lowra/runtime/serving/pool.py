@@ -22,6 +22,7 @@ from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.serving.batch import Batch, Choices, SiteMix, read_choices
 from lowra.runtime.serving.fit import require_fit, stands_on_top
+from lowra.runtime.serving.pages import MOST_BYTES
 from lowra.runtime.serving.registered import PoolStatus, Registered
 from lowra.runtime.serving.residents import Residents
 from lowra.runtime.serving.sources import source_of
@@ -33,7 +34,8 @@ class AdapterPool:
     `add` registers: the folder's header is read and checked against the model, no tensor. `use`
     brings what a batch names into memory and has the model's layers apply it as it is packed; the
     model's tensors are never touched. `budget_bytes` is allocated at once, in pages of
-    `page_bytes`, by default 64 KiB, or more where a dense row of the model would not fit into that.
+    `page_bytes`, by default 64 KiB, or more where a dense row of the model would not fit into that;
+    8 GiB is the most.
 
     Raises AdapterError for a model that is not compiled, or whose layers peft has wrapped.
     """
@@ -49,10 +51,11 @@ class AdapterPool:
         if page_bytes is None:
             row = 4 * max(max(layer.n, layer.k) for layer in layers.values())
             page_bytes = max(1 << 16, 1 << (row - 1).bit_length())
-        if page_bytes < 64 or page_bytes % 4 or budget_bytes < page_bytes:
+        if not 64 <= page_bytes <= budget_bytes <= MOST_BYTES or page_bytes % 4:
             raise AdapterError(
                 f"budget_bytes={budget_bytes}, page_bytes={page_bytes}: a page has 64 bytes or "
-                "more, by fours, and the budget holds one or more pages"
+                f"more, by fours, and the budget holds one or more pages, {MOST_BYTES:,} bytes at "
+                "most"
             )
         self.model, self._info = model, info
         self._layers = layers

@@ -11,7 +11,9 @@ import torch
 
 import lowra
 from lowra.adapters.factors import LowRank
+from lowra.compiler.adapter_pages import dense_run
 from lowra.compiler.errors import AdapterError
+from lowra.runtime.serving.pages import MOST_BYTES, lay_out
 from lowra.runtime.serving.pool import AdapterPool
 from tests.adapters.adapters import peft_folder
 from tests.runtime.compiled_models import low_llama
@@ -56,6 +58,8 @@ def test_mistakes_are_named() -> None:
         pool.use([["lora"], ["lora", None]]).__enter__()
     with pytest.raises(AdapterError, match="page holds|a page has 64 bytes"):
         AdapterPool(llama().compiled, 10)
+    with pytest.raises(AdapterError, match=r"budget_bytes=8589934596.*8,589,934,592 bytes at most"):
+        AdapterPool(llama().compiled, (1 << 33) + 4)
     with pytest.raises(AdapterError, match="not compiled by lowra"):
         AdapterPool(llama().dense, 1 << 20)
     tiny = AdapterPool(llama().compiled, 1 << 20, page_bytes=64)
@@ -65,6 +69,13 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(AdapterError, match="the pool has 1,024: make it larger"):
         AdapterPool(llama().compiled, 1024, page_bytes=1024).add("a", folder("wide"))
     assert pool.status().used_bytes and run(pool.model, ids_of(3)).shape[0] == 3
+
+
+def test_the_last_page_of_the_largest_pool_has_an_address() -> None:
+    size = 1 << 14
+    image = lay_out([(("a", 0), (dense_run(torch.ones(3, 8000)),))], size)
+    last = MOST_BYTES // (4 * size) - 1
+    assert image.placed([7, last])[:, -1].tolist() == [7 * size, last * size]
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
