@@ -8,7 +8,9 @@ train in PEFT.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,14 +27,21 @@ class Kind(nn.Module, ABC):
     """One linear's adapter while it trains. What trains, and nothing else, is its parameters."""
 
     kind: ClassVar[str]
+    numbers: ClassVar[tuple[str, ...]]
+    """Names of `options`."""
 
     def __init__(self, name: str, n: int, k: int) -> None:
         super().__init__()
         self.name, self.n, self.k = name, n, k
 
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """What it was made with beside name, n and k: numbers, for a file."""
+        return {name: getattr(self, name) for name in self.numbers}
+
+    @staticmethod
+    @abstractmethod
+    def shapes(n: int, k: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of what trains, by its name; `options` are those of a file."""
 
     @abstractmethod
     def site(self) -> SiteDelta:
@@ -48,21 +57,25 @@ class LoRAXS(Kind):
     """
 
     kind = "lora-xs"
+    numbers = ("rank", "scaling")
 
     def __init__(
         self, name: str, n: int, k: int, *, basis: Basis, scaling: float = 1.0, seed: int = 0
     ) -> None:
         super().__init__(name, n, k)
+        require_options(name, n, k, {"scaling": scaling, "seed": seed})
         self.basis, self.scaling = basis, scaling
         self.shared = {role: Shared(basis, f"{name}.{role}") for role in "AB"}
         a, b = (_values(self.shared[role]) for role in "AB")
         self.register_buffer("a", a, persistent=False)
         self.register_buffer("b", b, persistent=False)
         normal = torch.Generator().manual_seed(seed)
+        self.rank = len(a)
         self.r = nn.Parameter(1e-5 * torch.randn(len(a), len(a), generator=normal))
 
-    def options(self) -> dict[str, Any]:
-        return {"rank": len(self.r), "scaling": self.scaling}
+    @staticmethod
+    def shapes(n: int, k: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"r": (options["rank"], options["rank"])}
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.get_buffer("a").to(x.dtype), self.get_buffer("b").to(x.dtype)
@@ -83,21 +96,21 @@ class NOLA(Kind):
     """
 
     kind = "nola"
+    numbers = ("rank", "count", "seed", "scaling")
 
     def __init__(
         self, name: str, n: int, k: int, *, rank: int = 8, count: int = 1024, seed: int = 0,
         scaling: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(name, n, k)
-        if rank < 1 or count < 1 or seed < 0:
-            raise AdapterError(f"NOLA of {name}: rank {rank}, count {count}, seed {seed}")
         self.rank, self.count, self.seed, self.scaling = rank, count, seed, scaling
+        require_options(name, n, k, self.options())
         self.alpha = nn.Parameter(torch.zeros(count))
         self.beta = nn.Parameter(torch.zeros(count))
 
-    def options(self) -> dict[str, Any]:
-        names = ("rank", "count", "seed", "scaling")
-        return {name: getattr(self, name) for name in names}
+    @staticmethod
+    def shapes(n: int, k: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"alpha": (options["count"],), "beta": (options["count"],)}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, k] and B [n, r], made anew."""
@@ -125,20 +138,22 @@ class MultiLoRA(Kind):
     """
 
     kind = "multi-lora"
+    numbers = ("rank", "count", "seed")
 
     def __init__(
         self, name: str, n: int, k: int, *, rank: int = 8, count: int = 3, seed: int = 0
     ) -> None:
         super().__init__(name, n, k)
-        if rank < 1 or count < 1 or seed < 0:
-            raise AdapterError(f"MultiLoRA of {name}: rank {rank}, count {count}, seed {seed}")
         self.rank, self.count, self.seed = rank, count, seed
+        require_options(name, n, k, self.options())
         self.a = nn.Parameter(uniform(seed, 0, (count * rank, k)) / math.sqrt(k))
         self.b = nn.Parameter(uniform(seed, 1, (n, count * rank)) / math.sqrt(rank))
         self.scales = nn.Parameter(torch.zeros(count))
 
-    def options(self) -> dict[str, Any]:
-        return {"rank": self.rank, "count": self.count, "seed": self.seed}
+    @staticmethod
+    def shapes(n: int, k: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        rows = options["rank"] * options["count"]
+        return {"a": (rows, k), "b": (n, rows), "scales": (options["count"],)}
 
     def forward(self, x: Tensor) -> Tensor:
         low = functional.linear(x, self.a.to(x.dtype))
@@ -156,6 +171,18 @@ class MultiLoRA(Kind):
 
 
 KINDS: dict[str, type[Kind]] = {kind.kind: kind for kind in (LoRAXS, NOLA, MultiLoRA)}
+
+
+def require_options(name: str, n: int, k: int, options: Mapping[str, Any]) -> None:
+    """Raise AdapterError for a number that no adapter of a linear [n, k] has."""
+    whole = {"rank": (1, max(n, k)), "count": (1, 2**31), "seed": (0, 2**62)}
+    largest = sys.float_info.max
+    for key, value in options.items():
+        low, high = whole.get(key, (-largest, largest))
+        types = (int,) if key in whole else (int, float)
+        if type(value) not in types or not low <= value <= high:
+            wanted = f"a whole number from {low} to {high}" if key in whole else "a finite number"
+            raise AdapterError(f"adapter of {name}: its {key} is {value!r}; give {wanted}")
 
 
 def singular_pair(weight: Tensor, rank: int, name: str = "W") -> tuple[Tensor, Tensor]:

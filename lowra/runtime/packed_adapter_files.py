@@ -27,6 +27,7 @@ from lowra.compiler.packed_adapter import (
     Segment,
     split_tensors,
 )
+from lowra.runtime.adapter_manifest import require, require_fields
 from lowra.runtime.checkpoint_writer import check_free, written_whole
 from lowra.runtime.manifest import checksum, manifest_checksum
 from lowra.version import __version__
@@ -103,28 +104,15 @@ def read_packed(path: str | Path) -> PackedFile:
     try:
         adapter = PackedAdapter(_sites(manifest, tensors))
         errors = {name: float(entry["error"]) for name, entry in manifest["sites"].items()}
-        _require_origin(manifest)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdapterError(
             f"{folder / MANIFEST} has a broken entry ({error}): fetch or write the adapter again"
         ) from error
     return PackedFile(
         adapter, str(manifest["method"]), manifest["peft_config"], manifest["base"], errors
     )
-
-
-def _require_origin(manifest: Mapping[str, Any]) -> None:
-    """Raise AdapterError unless the PEFT config and the base's fingerprints can be handed on."""
-    config, base = manifest["peft_config"], manifest["base"]
-    named = base == {} or (set(base) == {"model", "packed"} and all(map(_is_text, base.values())))
-    if not isinstance(config, dict) or not named:
-        raise AdapterError("its peft_config or base are not as lowra writes them")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _entry(site: PackedSite, error: float) -> dict[str, Any]:
@@ -136,12 +124,10 @@ def _entry(site: PackedSite, error: float) -> dict[str, Any]:
 
 def _sites(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[PackedSite, ...]:
     group, entries = manifest["group"], manifest["sites"]
-    if type(group) is not int or not entries:
-        raise AdapterError(f"group {group!r}, {len(entries)} sites: not as lowra writes it")
     shapes: list[tuple[int, int, tuple[Segment, ...]]] = []
     for name, entry in entries.items():
-        if not all(type(entry[key]) is int and entry[key] > 0 for key in ("n", "k", "rank")):
-            raise AdapterError(f"{name}: n, k and rank are not positive integers")
+        if type(entry["rank"]) is not int or entry["rank"] < 1:
+            raise AdapterError(f"{name}: its rank is {entry['rank']!r}, no positive integer")
         shapes += [(entry["k"], group, _segments(entry["a"]))]
         shapes += [(entry["n"], group, _segments(entry["b"]))]
     factors: list[PackedFactor] = split_tensors(tensors, shapes)
@@ -189,6 +175,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{file} lacks {', '.join(missing)}; fetch or write the adapter again")
     if manifest["checksum"] != manifest_checksum(manifest):
         raise AdapterError(f"{file} was damaged or edited; fetch or write the adapter again")
+    require_fields(manifest, file)
+    config, group = manifest["peft_config"], manifest["group"]
+    require(isinstance(config, dict), file, "peft_config", config)
+    require(type(group) is int, file, "group", group)
     return manifest
 
 

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lowra.adapters.kinds import KINDS, Kind, LoRAXS, singular_basis
+from lowra.adapters.kinds import KINDS, Kind, LoRAXS, require_options, singular_basis
 from lowra.adapters.philox import PRNG
 from lowra.compiler.adapter_delta import AdapterDelta
 from lowra.compiler.errors import AdapterError, nearest
+from lowra.runtime.adapter_manifest import require, require_fields
 from lowra.runtime.adapter_view import base_of, require_unwrapped
 from lowra.runtime.checkpoint_writer import check_free, written_whole
 from lowra.runtime.claim import claim
@@ -191,8 +192,15 @@ def read_kind(folder: Path) -> dict[str, Any]:
             f"{folder} has format version {manifest['format_version']!r} with the generator "
             f"{manifest['prng']!r}; this lowra reads {FORMAT_VERSION} with {PRNG}"
         )
-    if manifest["kind"] not in KINDS:
+    if manifest["kind"] not in list(KINDS):
         raise AdapterError(f"{folder} is of kind {manifest['kind']!r}; {nearest('', KINDS)}")
+    require_fields(manifest, file)
+    require(manifest["base"], file, "base", manifest["base"])
+    for name, entry in manifest["sites"].items():
+        options, wanted = entry.get("options"), KINDS[manifest["kind"]].numbers
+        fits = isinstance(options, dict) and set(options) == set(wanted)
+        require(fits, file, f"sites.{name}.options", options)
+        require_options(f"{name} in {file}", entry["n"], entry["k"], options)
     return manifest
 
 
@@ -205,15 +213,18 @@ def load_trained(folder: str | Path, layers: Mapping[str, QuantizedLinear]) -> T
         layer = layers.get(name)
         if layer is None or (layer.n, layer.k) != (entry["n"], entry["k"]):
             raise AdapterError(f"{path} adapts {name}, which is not here; {nearest(name, layers)}")
-    sites = _made(manifest["kind"], {n: entry["options"] for n, entry in wanted.items()}, layers)
     tensors = _read(path / WEIGHTS, manifest["checksums"])
+    for name, entry in wanted.items():
+        shapes = KINDS[manifest["kind"]].shapes(entry["n"], entry["k"], entry["options"])
+        for role, shape in shapes.items():
+            found = tensors.get(f"{name}.{role}")
+            if found is None or found.shape != shape or not found.isfinite().all():
+                raise AdapterError(f"{path}: {role} of {name} is missing or broken")
+    sites = _made(manifest["kind"], {n: entry["options"] for n, entry in wanted.items()}, layers)
     with torch.no_grad():
         for site in sites:
             for role, parameter in site.named_parameters():
-                found = tensors.get(f"{site.name}.{role}")
-                if found is None or found.shape != parameter.shape or not found.isfinite().all():
-                    raise AdapterError(f"{path}: {role} of {site.name} is missing or broken")
-                parameter.copy_(found)
+                parameter.copy_(tensors[f"{site.name}.{role}"])
     return TrainedAdapter(sites)
 
 

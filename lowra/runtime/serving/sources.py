@@ -92,8 +92,7 @@ class PackedFolder:
         manifest = packed.read_manifest(self.path)
         shapes = {name: (site["n"], site["k"]) for name, site in manifest["sites"].items()}
         base = Base(**manifest["base"]) if manifest["base"] else None
-        size = (self.path / packed.WEIGHTS).stat().st_size
-        return Facts("packed", shapes, size, base)
+        return Facts("packed", shapes, _size_bytes(self.path / packed.WEIGHTS), base)
 
     def seal(self) -> str:
         return _seal(self.path, packed.MANIFEST, packed.WEIGHTS)
@@ -147,7 +146,7 @@ class KindFolder:
     def facts(self) -> Facts:
         manifest = read_kind(self.path)
         shapes = {name: (site["n"], site["k"]) for name, site in manifest["sites"].items()}
-        size = (self.path / trained.WEIGHTS).stat().st_size
+        size = _size_bytes(self.path / trained.WEIGHTS)
         return Facts(manifest["kind"], shapes, size, Base(**manifest["base"]))
 
     def seal(self) -> str:
@@ -194,6 +193,12 @@ def dora_site(
     ratio = magnitude.float() / dense.norm(dim=1).cpu().clamp(min=torch.finfo(torch.float32).tiny)
     parts = {**site.parts, POST: (dense_run(ratio[None]),)}
     return SiteDelta(site.name, site.n, site.k, site.scaling, parts)
+
+
+def _size_bytes(file: Path) -> int:
+    if not file.is_file():
+        raise AdapterError(f"{file.parent} lacks {file.name}; fetch or write the adapter again")
+    return file.stat().st_size
 
 
 def _seal(folder: Path, *names: str) -> str:
