@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 
 from lowra.compiler.errors import AdapterError, LowraError, nearest
-from lowra.runtime.adapter_view import base_of, require_unwrapped
+from lowra.runtime.adapter_view import require_unwrapped
 from lowra.runtime.claim import claim
 from lowra.runtime.compiled import compiled
 from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.serving.batch import Batch, Choices, SiteMix, read_choices
-from lowra.runtime.serving.fit import require_fit, stands_on_top
+from lowra.runtime.serving.fit import Bases, require_fit, stands_on_top
 from lowra.runtime.serving.pages import MOST_BYTES
 from lowra.runtime.serving.registered import PoolStatus, Registered
 from lowra.runtime.serving.residents import Residents
@@ -57,8 +57,7 @@ class AdapterPool:
                 f"more, by fours, and the budget holds one or more pages, {MOST_BYTES:,} bytes at "
                 "most"
             )
-        self.model, self._info = model, info
-        self._layers = layers
+        self.model, self._layers, self._bases = model, layers, Bases(model, info)
         device = next(iter(self._layers.values())).codes.device
         self._residents = Residents(budget_bytes // page_bytes, page_bytes // 4, device)
         self._entries: dict[str, Registered] = {}
@@ -81,9 +80,6 @@ class AdapterPool:
         Raises AdapterError, with nothing changed, for an adapter of another base, one that the
         model has no place for, one larger than the pool, and a name that is taken or in use.
         """
-        old = self._entries.get(name)
-        if old is not None and not replace:
-            raise AdapterError(f"an adapter {name!r} is registered already: pass replace=True")
         found = source_of(source, check_base)
         facts, seal = found.facts(), found.seal()
         shapes = {key: (layer.n, layer.k) for key, layer in self._layers.items()}
@@ -97,19 +93,27 @@ class AdapterPool:
             )
         entry = Registered(found, facts.kind, facts.size_bytes, above, seal)
         with self._lock:
-            if old is not None:
-                self._drop(name, "replaced")
+            old = self._entries.get(name)
+            if old is not None and not replace:
+                raise AdapterError(f"an adapter {name!r} is registered already: pass replace=True")
+            self._drop(name, "replaced")
             self._entries[name] = entry
         if not pin and name not in self._residents.pinned:
             return
         try:
             self.pin(name)
-        except LowraError:
-            with self._lock:
-                self._entries.pop(name)
-                if old is not None:
-                    self._entries[name] = old
+        except BaseException:
+            self._take_back(name, entry, old)
             raise
+
+    def _take_back(self, name: str, entry: Registered, old: Registered | None) -> None:
+        """Undo an `add` that failed, unless another one followed or a batch has the new adapter."""
+        with self._lock:
+            if self._entries.get(name) is not entry or name in self._residents:
+                return
+            del self._entries[name]
+            if old is not None:
+                self._entries[name] = old
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises AdapterError while a batch uses it."""
@@ -278,12 +282,3 @@ class AdapterPool:
         with self._lock:
             if self._entries.get(name) is entry:
                 self._residents.put(name, delta, image, beside)
-
-    @property
-    def _bases(self) -> tuple[Any, Any]:
-        """The fingerprints of this base, without and with the model's own adapter."""
-        if not hasattr(self, "_known_bases"):
-            self._known_bases = tuple(
-                base_of(self.model, self._info, with_adapter=above) for above in (False, True)
-            )
-        return self._known_bases  # type: ignore[return-value]

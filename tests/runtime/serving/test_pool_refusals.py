@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -13,10 +15,13 @@ import lowra
 from lowra.adapters.factors import LowRank
 from lowra.compiler.adapter_pages import dense_run
 from lowra.compiler.errors import AdapterError
+from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.serving.pages import MOST_BYTES, lay_out
 from lowra.runtime.serving.pool import AdapterPool
+from lowra.runtime.serving.sources import Facts, PackedFolder
 from tests.adapters.adapters import peft_folder
 from tests.runtime.compiled_models import low_llama
+from tests.runtime.peft_models import config, own
 from tests.runtime.served_models import alone, folder, ids_of, llama, pool_of, run
 
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
@@ -142,6 +147,73 @@ def test_a_bad_replacement_leaves_the_old_adapter(tmp_path: Path) -> None:
         pool.add("lora", tmp_path / "a", replace=True)
     with pool.use("lora"):
         torch.testing.assert_close(run(pool.model, ids), run(alone("lora"), ids), **CLOSE)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
+def test_whatever_goes_wrong_leaves_the_old_adapter_or_none(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, ids = pool_of(llama().compiled, "lora"), ids_of(1)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedFolder, "load", fails)
+        for name in ("lora", "new"):
+            with pytest.raises(error):
+                pool.add(name, folder("packed-wide"), replace=True, pin=True)
+    assert pool.names == ("lora",) and not pool.status().pinned
+    with pool.use("lora"):
+        torch.testing.assert_close(run(pool.model, ids), run(alone("lora"), ids), **CLOSE)
+
+
+def test_of_two_adapters_added_at_once_under_one_name_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, ids = pool_of(llama().compiled), ids_of(1)
+    both_read, facts, told = threading.Barrier(2), PackedFolder.facts, dict[str, str]()
+
+    def waits(self: PackedFolder) -> Facts:
+        found = facts(self)
+        both_read.wait(30)
+        return found
+
+    monkeypatch.setattr(PackedFolder, "facts", waits)
+
+    def add(kind: str) -> None:
+        try:
+            pool.add("a", folder(kind), pin=True)
+        except AdapterError as error:
+            told[kind] = str(error)
+
+    kinds = ("packed-lora", "packed-wide")
+    threads = [threading.Thread(target=add, args=(kind,)) for kind in kinds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (refused,) = told
+    assert "registered already" in told[refused]
+    (kept,) = set(kinds) - {refused}
+    with pool.use("a"):
+        torch.testing.assert_close(run(pool.model, ids), run(alone(kept), ids), **CLOSE)
+
+
+def test_an_adapter_is_checked_against_the_models_own_one_as_it_is_now(tmp_path: Path) -> None:
+    model = own(low_llama().compiled)
+    lowra.save_adapter(peft.get_peft_model(own(model), config()), tmp_path / "above")
+    pool = AdapterPool(model, 1 << 20)
+    pool.add("before", tmp_path / "above")
+    lowra.save_adapter(model, tmp_path / "own")
+    layer = next(layer for layer in quantized_linears(model).values() if layer.lora_B is not None)
+    assert layer.lora_B is not None
+    with torch.no_grad():
+        layer.lora_B.add_(1.0)
+    with pytest.raises(AdapterError, match="made for another compile"):
+        pool.add("trained on", tmp_path / "above")
+    lowra.load_adapter(model, tmp_path / "own")
+    pool.add("again", tmp_path / "above")
 
 
 def test_a_folder_that_changes_after_it_was_registered_is_noticed(tmp_path: Path) -> None:
