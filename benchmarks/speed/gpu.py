@@ -96,7 +96,7 @@ def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Itera
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     target, weight = service.target_of(x.device), linear.weight_of(copies[0])
     assert target is not None
-    for choice in candidates(weight, m, schedule.processors(x.device), target):
+    for choice in candidates(weight, m, x.dtype, schedule.processors(x.device), target):
         row = {"case": name, "n": n, "k": k, "m": m, "choice": entry_of(choice)}
         run = run_of(x, copies, target, choice)
         try:

@@ -50,7 +50,9 @@ def kernels_of(
             declines[name] = why
             continue
         weight = weight_of(packed)
-        choice = fused(weight.panels, weight.k, tokens, PROCESSORS, chosen)
+        choice = fused(
+            weight.key, weight.panels, weight.k, tokens, module.dtype, PROCESSORS, chosen
+        )
         key, _ = product_key(
             weight, tokens, NAMES[module.dtype], chosen, module.rank,
             module.bias is not None, tokens <= FEW_TOKENS, choice,

@@ -117,8 +117,8 @@ def tune_case(
     device, or none beside factors of rank 64, is no candidate."""
     weight, device = weight_of(copies[0]), copies[0][0].device
     x = torch.randn(m, weight.k, device=device).to(dtype)
-    usual = choose(weight.panels, weight.k, m, processors(device), target)
-    choices = candidates(weight, m, processors(device), target)
+    choices = candidates(weight, m, dtype, processors(device), target)
+    usual = choices[0]
     seconds: dict[Choice, float] = {}
     with stage(f"tune {weight.n} x {weight.k}, {m} tokens", len(choices)) as bar:
         for choice in choices:
@@ -132,9 +132,11 @@ def tune_case(
                  len(choices) - len(seconds))  # fmt: skip
 
 
-def candidates(weight: Weight, m: int, processors: int, target: Target) -> list[Choice]:
+def candidates(
+    weight: Weight, m: int, dtype: torch.dtype, processors: int, target: Target
+) -> list[Choice]:
     """Different choices, the usual one first."""
-    found = [choose(weight.panels, weight.k, m, processors, target)]
+    found = [choose(weight.key, weight.panels, weight.k, m, dtype, processors, target)]
     for blocks, programs in FEW if m <= 16 else ():
         tiles, token_tiles = tiles_of(weight.panels, m, blocks)
         parts = parts_of(tiles * token_tiles, weight.k, blocks, processors, programs)

@@ -99,10 +99,10 @@ def test_where_kernels_fail_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise RuntimeError("unsupported toolchain")
 
-    monkeypatch.setattr(service, "failures", [])
+    monkeypatch.setattr(service, "failures", {})
     monkeypatch.setattr(service, "target_of", lambda device: TARGETS[1])
     monkeypatch.setattr(adapters, "processors", lambda device: 132)
-    monkeypatch.setattr(adapters.launch, "run", fail)
+    monkeypatch.setattr(adapters.launch, "anew_where_broken", fail)
     site, meaning = site_of("s", 20, 30, Drawn())
     tables, x, y = held([site], 512), torch.randn(3, 30), torch.randn(3, 20)
     slots, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)

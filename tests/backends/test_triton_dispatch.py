@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import lowra  # noqa: F401 - registers backends
-from lowra.backends.triton import build, linear, service, tuning, weight
+from lowra.backends.triton import build, launch, linear, service, tuning, weight
 from lowra.backends.triton.emit import arguments, emit
 from lowra.backends.triton.keys import (
     Blocks,
@@ -102,9 +103,11 @@ def test_targets_by_compute_capability(capability: tuple[int, int], name: str | 
 def test_many_tokens_meet_an_unpacked_weight(
     m: int, panels: tuple[int, ...], unpacked: bool
 ) -> None:
-    assert unpacks(m, panels, 132, TARGETS[1]) is unpacked
-    assert (choose(panels, 4096, m, 132, TARGETS[1]) == UNPACKED) is unpacked
-    assert not unpacks(m, panels, 132, TARGETS[3])  # never measured on AMD
+    key = weight_key([*panels], 4096, -1, False, False)
+    half = torch.bfloat16
+    assert unpacks(key, panels, m, half, 132, TARGETS[1]) is unpacked
+    assert (choose(key, panels, 4096, m, half, 132, TARGETS[1]) == UNPACKED) is unpacked
+    assert not unpacks(key, panels, m, half, 132, TARGETS[3])  # never measured on AMD
 
 
 def test_targets_of_amd_devices() -> None:
@@ -141,15 +144,14 @@ def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
 ) -> None:
     asked: list[object] = []
 
-    def fail(*given: object, **_: object) -> None:
+    def fail(*given: object) -> None:
         asked.append(given)
         raise RuntimeError("PTX was compiled with an unsupported toolchain\nmore")
 
-    for name in ("run", "_workspace"):
-        monkeypatch.setattr(linear.launch, name, fail)
-    monkeypatch.setattr(linear.launch, "processors", lambda device: 132)
-    monkeypatch.setattr(service, "failures", [])
-    service.explain.cache_clear()
+    monkeypatch.setattr(launch, "anew_where_broken", fail)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(service, "failures", {})
+    service._say_failed.cache_clear()
     packed = packed_of(Shape(20, 96, (2, 4), block=32))
     dense, x, target = packed.dequantize(), torch.randn(3, 96), TARGETS[1]
     factors = (torch.randn(4, 96), torch.randn(20, 4), 0.5)
@@ -160,9 +162,36 @@ def test_a_kernel_that_cannot_be_launched_is_said_once_and_plain_torch_serves(
     torch.testing.assert_close(linear.backward(y, packed.op_args(), target), y @ dense,
                                rtol=1e-4, atol=1e-4)  # fmt: skip
     assert torch.equal(linear.unpacked(packed.op_args(), torch.float32, target), dense)
-    assert len(asked) == 1 and len(caplog.records) == 1
+    assert len(asked) == len(service.failures) == 2  # the rotation, and what unpacks W
+    assert len(caplog.records) == 1
     assert "unsupported toolchain" in caplog.text and f"{service.SWITCH}=off" in caplog.text
     assert "more" not in caplog.records[0].getMessage()
+
+
+def test_a_kernel_without_room_in_shared_memory_leaves_the_others_serving(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own product is of an unpacked weight from then on; other numbers of tokens are fused."""
+    real, asked = launch.run, Counter[str]()
+
+    def run(launcher: launch.Launcher, *given: Any) -> None:
+        service.refuse_failed(launcher.name)
+        asked[launcher.name.split("-")[0]] += 1
+        if launcher.name.startswith("linear") and given[0][1] > 1:
+            raise service.KernelError(launcher.name, "OutOfResources: Required: 204800")
+        real(launcher, *given)
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(service, "failures", {})
+    service._say_failed.cache_clear()
+    packed = packed_of(Shape(20, 96, (2, 4)))
+    dense = packed.dequantize()
+    for m in (100, 100, 3):
+        x = torch.randn(m, 96)
+        y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
+        torch.testing.assert_close(y, x @ dense.T, rtol=1e-4, atol=1e-4)
+    assert asked == {"linear": 2, "values": 2}
+    assert len(service.failures) == 1 and "Required: 204800" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -175,8 +204,8 @@ def test_no_room_is_no_failure_of_a_kernel(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(linear.launch, "run", fail)
-    monkeypatch.setattr(service, "failures", [])
+    monkeypatch.setattr(launch, "anew_where_broken", fail)
+    monkeypatch.setattr(service, "failures", {})
     packed = packed_of(Shape(20, 96, (2, 4), block=32))
     with pytest.raises(type(error), match=r"no room|out of memory"):
         linear.unpacked(packed.op_args(), torch.float32, TARGETS[1])
@@ -188,8 +217,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for name in ("cpu", "cuda:0"):
-        assert isinstance(linear.launch._current(torch.device(name)), contextlib.nullcontext)
-    assert linear.launch._current(torch.device("cuda:1")).idx == 1  # pyright: ignore
+        assert isinstance(launch._current(torch.device(name)), contextlib.nullcontext)
+    assert launch._current(torch.device("cuda:1")).idx == 1  # pyright: ignore
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name.split("-")[0])

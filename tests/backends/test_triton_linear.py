@@ -86,6 +86,12 @@ def test_many_tokens_by_way_of_an_unpacked_weight(
     assert asked == [20]
 
 
+@pytest.mark.parametrize("m", [3, 40])
+def test_factors_of_a_large_rank_are_added_by_torch(m: int) -> None:
+    rank = schedule.MOST_FUSED_RANK + 1
+    check(Shape(140, 600, (2, 9), block=8), m, rank, torch.float32)
+
+
 def test_parts_of_a_sum_are_added_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split among more programs than interpreted processors ask for; counters end at zero."""
     monkeypatch.setattr(schedule, "INTERPRETED_PROCESSORS", 64)

@@ -75,9 +75,9 @@ def test_where_kernels_fail_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise RuntimeError("unsupported toolchain")
 
-    monkeypatch.setattr(service, "failures", [])
+    monkeypatch.setattr(service, "failures", {})
     monkeypatch.setattr(service, "target_of", lambda device: TARGETS[1])
-    monkeypatch.setattr(rounding.launch, "run", fail)
+    monkeypatch.setattr(rounding.launch, "anew_where_broken", fail)
     case = feedback_case(9, 30, 2, 0)
     start = torch.zeros(9, 30, dtype=torch.uint8)
     weight, _, *rest = case
@@ -86,4 +86,4 @@ def test_where_kernels_fail_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) 
         got = rounding.descend_codes(weight, gram_of(30, 0), *rest, start, None, 1)
         want = feedback.descend_codes(weight, gram_of(30, 0), *rest, start, None, 1)
         assert all(map(torch.equal, got, want))
-    assert len(service.failures) == 1
+    assert len(service.failures) == 2  # one that feeds back, one that descends

@@ -42,9 +42,9 @@ def test_where_kernels_fail_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise RuntimeError("unsupported toolchain")
 
-    monkeypatch.setattr(service, "failures", [])
+    monkeypatch.setattr(service, "failures", {})
     monkeypatch.setattr(table_gradients, "target_of", lambda device: TARGETS[1])
-    monkeypatch.setattr(table_gradients.launch, "run", fail)
+    monkeypatch.setattr(table_gradients.launch, "anew_where_broken", fail)
     weight = packed_of(CASES["own codebooks"])
     grad, x = drawn(weight, 9, torch.float32)
     for _ in range(2):

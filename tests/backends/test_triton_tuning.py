@@ -33,7 +33,7 @@ SHIPPED = sorted(tuning.SHIPPED.glob("*.json"))
 
 def test_a_tuned_case_is_served_as_its_table_says() -> None:
     weight = weight_of(packed_of(Shape(96, 640, (2, 4))).op_args())
-    usual = choose(weight.panels, 640, 5, processors(CPU), INTERPRETER)
+    usual = choose(weight.key, weight.panels, 640, 5, torch.float32, processors(CPU), INTERPRETER)
     assert choice_for(weight, 5, torch.float32, 16, INTERPRETER, CPU) == usual
     tuned = Choice(Blocks(32, 16, 2, 1), 2)
     assert tuned != usual
@@ -43,7 +43,7 @@ def test_a_tuned_case_is_served_as_its_table_says() -> None:
     for m, dtype, rank in ((4, torch.float32, 0), (9, torch.float32, 0), (5, torch.bfloat16, 0),
                            (5, torch.float32, 65)):  # fmt: skip
         assert choice_for(weight, m, dtype, rank, INTERPRETER, CPU) == choose(
-            weight.panels, 640, m, processors(CPU), INTERPRETER
+            weight.key, weight.panels, 640, m, dtype, processors(CPU), INTERPRETER
         )
 
 

@@ -18,7 +18,7 @@ from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import candidates, keep, tune, tune_case
 
 pytest.importorskip("triton", reason="Triton is not installed: lowra[triton]")
-CPU = torch.device("cpu")
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
 pytestmark = pytest.mark.usefixtures("own_home")
 
 
@@ -35,7 +35,7 @@ def test_the_fastest_choice_is_kept_and_used(monkeypatch: pytest.MonkeyPatch) ->
 
     tuned = tune_case(copies, 3, torch.float32, INTERPRETER, measure)
     weight = weight_of(copies[0])
-    tried = candidates(weight, 3, 2, INTERPRETER)
+    tried = candidates(weight, 3, torch.float32, 2, INTERPRETER)
     assert tuned.choice == tried[2] == Choice(Blocks(32, 16, 2, 1))
     assert (tuned.tried, tuned.failed) == (4, 0)
     assert tuned.microseconds == pytest.approx(2) and tuned.usual_microseconds == pytest.approx(4)
@@ -63,9 +63,9 @@ def test_a_choice_without_room_is_no_candidate(monkeypatch: pytest.MonkeyPatch) 
 def test_candidates_are_different_and_may_unpack_for_many_tokens(n: int, k: int) -> None:
     weight = weight_of(random_weight(n, k, 2).op_args())
     for m in (1, 16, 17, 256, 4096):
-        found = candidates(weight, m, 132, TARGETS[1])
+        found = candidates(weight, m, BF16, 132, TARGETS[1])
         assert len(set(found)) == len(found) > 8
-        assert found[0] == choose(weight.panels, k, m, 132, TARGETS[1])
+        assert found[0] == choose(weight.key, weight.panels, k, m, BF16, 132, TARGETS[1])
         assert (UNPACKED in found) is (m > 16)
         assert all(c.blocks is None or c.parts == 1 or c.blocks.tokens == 16 for c in found)
         for choice in found:

@@ -91,16 +91,26 @@ def compile_options(key: Key) -> dict[str, Any]:
     return options
 
 
-def anew_where_broken(compiled: Callable[[], T]) -> T:
+def anew_where_broken(compiled: Callable[[], T], kernel: Any = None) -> T:
     """What `compiled` returns; if it fails, once more with nothing taken from Triton's cache, in
-    which a file may be broken."""
+    which a file may be broken. kernel: what it launches."""
     try:
         return compiled()
     except Exception as error:
-        if is_no_room(error):
+        if is_no_room(error) or type(error).__name__ == "OutOfResources":
             raise
         knobs: Any = importlib.import_module("triton.knobs")
         log.info("compiling a kernel anew: %s", error)
+        if kernel is not None:
+            forget_unloaded(kernel)
         with knobs.compilation.scope():
             knobs.compilation.always_compile = True
             return compiled()
+
+
+def forget_unloaded(kernel: Any) -> None:
+    """Take what a device did not load out of the kernel's own cache, where Triton puts it before
+    it loads it. What is loaded stays: graphs may hold it, and it is unloaded once it is dropped."""
+    for made, *_ in kernel.device_caches.values():
+        for place in [place for place, one in made.items() if one.module is None]:
+            del made[place]

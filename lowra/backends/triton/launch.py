@@ -16,6 +16,7 @@ from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.emit_inputs import COLUMNS, span_of
 from lowra.backends.triton.keys import Blocks, Key, LinearKey, RotateKey, ShrinkKey, ValuesKey
 from lowra.backends.triton.schedule import Choice, fused, processors, tiles_of, values_blocks
+from lowra.backends.triton.service import failed, refuse_failed
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight, descriptors
 from lowra.compiler.rotation import Rotation, signs
@@ -53,7 +54,9 @@ def product(
     if y.numel() == 0:
         return y
     rank = 0 if factors is None else factors[0].shape[1]
-    choice = choice or fused(weight.panels, weight.k, m, processors(device), target)
+    choice = choice or fused(
+        weight.key, weight.panels, weight.k, m, x.dtype, processors(device), target
+    )
     place = ("product", m, x.dtype, device, target.name, rank, bias is not None, waits, choice)
     plan = weight.form.plans.get(place)
     if plan is None:
@@ -156,33 +159,41 @@ def room(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 @dataclass
 class Launcher:
-    """A kernel that is ready to launch. ran: it has been; an error is no fault of a cache then."""
+    """A kernel that is ready to launch."""
 
     key: Key
+    name: str
     kernel: Any
     names: tuple[str, ...]
     options: dict[str, Any]
-    ran: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
 def launcher_of(key: Key) -> Launcher:
-    return Launcher(key, kernel_of(key), tuple(arguments(key)), compile_options(key))
+    """Raises KernelError where its source cannot be loaded, or where it failed before."""
+    refuse_failed(key.name)
+    try:
+        kernel = kernel_of(key)
+    except Exception as error:
+        raise failed(key, error) from error
+    return Launcher(key, key.name, kernel, tuple(arguments(key)), compile_options(key))
 
 
 def run(launcher: Launcher, grid: tuple[int, int, int], given: dict[str, Any]) -> None:
-    """Launch a kernel. One that Triton's cache holds broken is compiled anew."""
+    """Launch a kernel. One that Triton's cache holds broken is compiled anew, whichever launch
+    asks for it first: Triton compiles it for other alignments of its arguments too. Raises
+    KernelError where that fails, or failed before."""
     kernel, options = launcher.kernel, launcher.options
     values_ = [given[name] for name in launcher.names]
     if not launcher.key.target.backend:
         kernel[grid](*values_, **options)
         return
-    with _current(values_[0].device):
-        if launcher.ran:
-            kernel[grid](*values_, **options)
-            return
-        anew_where_broken(lambda: kernel[grid](*values_, **options))
-    launcher.ran = True
+    refuse_failed(launcher.name)
+    try:
+        with _current(values_[0].device):
+            anew_where_broken(lambda: kernel[grid](*values_, **options), kernel)
+    except Exception as error:
+        raise failed(launcher.key, error) from error
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,9 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.reference import linear as reference
-from lowra.backends.triton import launch, service
-from lowra.backends.triton.schedule import UNPACKED, Choice
-from lowra.backends.triton.service import explain, served, target_of
+from lowra.backends.triton import launch
+from lowra.backends.triton.schedule import MOST_FUSED_RANK, UNPACKED, Choice
+from lowra.backends.triton.service import (
+    KernelError,
+    explain,
+    replace_from_now,
+    served,
+    target_of,
+)
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.tuning import choice_for
 from lowra.backends.triton.weight import Weight, taken
@@ -33,7 +39,7 @@ _unpacked: dict[str, Callable[..., Tensor]] = reference.kernels(reference.stored
 
 def ready(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None) -> Weight | None:
     """The weight as kernels take it; None, with the reason said once, where they do not."""
-    if target is None or service.failures:
+    if target is None:
         return None
     found = taken(packed, dtype)
     return explain(found) if isinstance(found, str) else found
@@ -54,28 +60,48 @@ def forward(
 
     if weight is None or target is None:
         return reference()
-    return served(target, lambda: product(x, packed, weight, target, bias, factors), reference)
+    return served(lambda: product(x, packed, weight, target, bias, factors), reference)
 
 
 def product(
     x: Tensor, packed: tuple[Any, ...], weight: Weight, target: Target, bias: Tensor | None,
     factors: tuple[Tensor, Tensor, float] | None, choice: Choice | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = x W' + bias + scaling (x A') B' by the kernels: as `choice` says, or the best known."""
+    """y = x W' + bias + scaling (x A') B' by the kernels: as `choice` says; or the best way known,
+    and from an unpacked W where its kernel fails."""
     rows = x.reshape(-1, weight.k).contiguous()
     turned = launch.rotated(rows, Rotation(*packed[7:9]), target)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if choice is not None:
+        y = _by_choice(choice, rows, turned, weight, target, bias, factors)
+        return y.view(*x.shape[:-1], weight.n)
     rank = 0 if factors is None else factors[0].shape[0]
-    choice = choice or choice_for(weight, rows.shape[0], x.dtype, rank, target, x.device)
-    if choice == UNPACKED:
-        y = functional.linear(turned, launch.values(weight, x.dtype, target), bias)
-        if factors is not None:
-            a, b, scaling = factors
-            y.addmm_(functional.linear(rows, a.to(x.dtype)), b.to(x.dtype).T, alpha=scaling)
-    else:
-        made = _factors(rows, factors, target)
-        y = launch.product(turned, weight, target, bias, *made, choice=choice)
+    best = choice_for(weight, rows.shape[0], x.dtype, rank, target, x.device)
+    try:
+        y = _by_choice(best, rows, turned, weight, target, bias, factors)
+    except KernelError as error:
+        if best == UNPACKED:
+            raise
+        replace_from_now(error)
+        y = _by_choice(UNPACKED, rows, turned, weight, target, bias, factors)
     return y.view(*x.shape[:-1], weight.n)
+
+
+def _by_choice(
+    choice: Choice, rows: Tensor, turned: Tensor, weight: Weight, target: Target,
+    bias: Tensor | None, factors: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:  # fmt: skip
+    if choice != UNPACKED and (factors is None or factors[0].shape[0] <= MOST_FUSED_RANK):
+        made = _factors(rows, factors, target)
+        return launch.product(turned, weight, target, bias, *made, choice=choice)
+    if choice == UNPACKED:
+        y = functional.linear(turned, launch.values(weight, rows.dtype, target), bias)
+    else:
+        y = launch.product(turned, weight, target, bias, choice=choice)
+    if factors is not None:
+        a, b, scaling = factors
+        y.addmm_(functional.linear(rows, a.to(y.dtype)), b.to(y.dtype).T, alpha=scaling)
+    return y
 
 
 def _factors(
@@ -131,7 +157,7 @@ def unpacked(packed: tuple[Any, ...], dtype: torch.dtype, target: Target | None)
         stored = launch.values(weight, torch.float32 if rotation.active else dtype, target)
         return launch.rotated(stored, rotation, target, back=True).to(dtype)
 
-    return served(target, kernels, lambda: _unpacked["dequantize"](*packed, dtype))
+    return served(kernels, lambda: _unpacked["dequantize"](*packed, dtype))
 
 
 def input_gradient(
@@ -153,7 +179,7 @@ def backward(grad: Tensor, packed: tuple[Any, ...], target: Target | None) -> Te
 
     if weight is None or target is None:
         return reference()
-    return served(target, lambda: _by_pieces(grad, packed, weight, target), reference)
+    return served(lambda: _by_pieces(grad, packed, weight, target), reference)
 
 
 def _by_pieces(grad: Tensor, packed: tuple[Any, ...], weight: Weight, target: Target) -> Tensor:

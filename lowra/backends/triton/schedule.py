@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lowra.backends.triton.keys import Blocks
+from lowra.backends.triton.keys import Blocks, WeightKey
+from lowra.backends.triton.shared_memory import fitting
 from lowra.backends.triton.targets import Target
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -18,10 +19,9 @@ MANY_TOKENS = 64
 """Up to here a fused product with few programs is as fast as unpacking."""
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
-
-
-MUCH_SHARED = (80, 87, 90, 100, 103)
-"""NVIDIA architectures with 160 KiB of shared memory or more; others have about 100, AMD 64."""
+MUCH_SHARED = 160 << 10
+MOST_FUSED_RANK = 128
+"""Factors of a larger rank have no room behind a product of many tokens: torch adds them."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,33 @@ class Choice:
 UNPACKED = Choice(None)
 
 
-def choose(panels: tuple[int, ...], k: int, m: int, processors: int, target: Target) -> Choice:
+def choose(
+    weight: WeightKey, panels: tuple[int, ...], k: int, m: int, dtype: torch.dtype,
+    processors: int, target: Target,
+) -> Choice:  # fmt: skip
     """How m tokens meet a weight on a device of `processors`."""
-    if unpacks(m, panels, processors, target):
+    if unpacks(weight, panels, m, dtype, processors, target):
         return UNPACKED
-    return fused(panels, k, m, processors, target)
+    return fused(weight, panels, k, m, dtype, processors, target)
 
 
-def fused(panels: tuple[int, ...], k: int, m: int, processors: int, target: Target) -> Choice:
+def fused(
+    weight: WeightKey, panels: tuple[int, ...], k: int, m: int, dtype: torch.dtype,
+    processors: int, target: Target,
+) -> Choice:  # fmt: skip
     """The same, by a kernel that reads W packed."""
-    blocks = linear_blocks(m, sum(panels[1::2]), target)
+    blocks = blocks_of(weight, panels, m, dtype, target)
     tiles, token_tiles = tiles_of(panels, m, blocks)
     return Choice(blocks, parts_of(tiles * token_tiles, k, blocks, processors))
+
+
+def blocks_of(
+    weight: WeightKey, panels: tuple[int, ...], m: int, dtype: torch.dtype, target: Target
+) -> Blocks:
+    """The usual blocks, or as much of them as has room in shared memory with factors of any rank
+    that is fused."""
+    usual = linear_blocks(m, sum(panels[1::2]), target)
+    return fitting(weight, dtype.itemsize, usual, MOST_FUSED_RANK, target)
 
 
 def tiles_of(panels: tuple[int, ...], m: int, blocks: Blocks) -> tuple[int, int]:
@@ -65,12 +80,15 @@ def linear_blocks(m: int, n: int, target: Target) -> Blocks:
         return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, 2)
     if m <= 32:
         return Blocks(64, 32, 4, min(3, stages))
-    if m <= 64 or target.arch not in MUCH_SHARED:
+    if m <= 64 or target.shared_bytes < MUCH_SHARED or not target.backend:
         return Blocks(64, 64, 4, 1 if target.backend == "hip" else 2)
     return Blocks(128, 128, 8, 3)
 
 
-def unpacks(m: int, panels: tuple[int, ...], processors: int, target: Target) -> bool:
+def unpacks(
+    weight: WeightKey, panels: tuple[int, ...], m: int, dtype: torch.dtype, processors: int,
+    target: Target,
+) -> bool:  # fmt: skip
     """Whether to unpack W and let torch multiply: above some tokens its products are faster, by
     more than unpacking takes, and earlier where our programs would leave half of the processors
     idle. Rows of one bit are cheap to look up and hold out longer."""
@@ -78,7 +96,7 @@ def unpacks(m: int, panels: tuple[int, ...], processors: int, target: Target) ->
         return False
     if set(panels[0::2]) == {1}:
         return m > MOST_FUSED_ONE_BIT
-    tiles, token_tiles = tiles_of(panels, m, linear_blocks(m, sum(panels[1::2]), target))
+    tiles, token_tiles = tiles_of(panels, m, blocks_of(weight, panels, m, dtype, target))
     few = m > MANY_TOKENS and 2 * tiles * token_tiles <= processors
     return few or m > MOST_FUSED
 

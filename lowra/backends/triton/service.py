@@ -11,8 +11,9 @@ from typing import TypeVar
 
 import torch
 
+from lowra.backends.triton.keys import Key
 from lowra.backends.triton.targets import Target, cuda_target, hip_target
-from lowra.compiler.errors import is_no_room
+from lowra.compiler.errors import LowraError, is_no_room
 
 log = logging.getLogger("lowra")
 T = TypeVar("T")
@@ -41,33 +42,60 @@ def explain(why: str) -> None:
     log.warning("running without GPU kernels, several times slower: %s", why)
 
 
-failures: list[str] = []
-"""Why a kernel could not be built or launched: from then on plain torch serves."""
+failures: dict[str, str] = {}
+"""By the name of a kernel, why it could not be built or launched: from then on another way serves
+in its place, and every other kernel goes on."""
+
+
+class KernelError(LowraError):
+    """A kernel could not be built or launched."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"GPU kernel {name}: {why}")
+        self.name, self.why = name, why
+
+
+def failed(key: Key, error: Exception) -> Exception:
+    """What to raise for an error of a kernel. No room is none of its faults, and raises as it does
+    anywhere; so does what the interpreter raises."""
+    if not key.target.backend or is_no_room(error):
+        return error
+    first = (str(error).splitlines() or [""])[0][:200]
+    return KernelError(key.name, f"{type(error).__name__}: {first}")
+
+
+def refuse_failed(name: str) -> None:
+    """Raises KernelError for a kernel in whose place another way serves."""
+    if name in failures:
+        raise KernelError(name, failures[name])
+
+
+def replace_from_now(error: KernelError) -> None:
+    """Remember that this kernel is not to be tried again, and say so once for each cause."""
+    if error.name not in failures:
+        log.debug("%s", error, exc_info=error)
+        failures[error.name] = error.why
+        _say_failed(error.why)
+
+
+@functools.cache
+def _say_failed(why: str) -> None:
+    log.warning(
+        "a GPU kernel failed to build or to launch (%s); what serves in its place is slower: "
+        "update the driver and Triton, or set %s=off", why, SWITCH,
+    )  # fmt: skip
 
 
 def serve(device: torch.device, kernels: Callable[[Target], T], reference: Callable[[], T]) -> T:
     """What the kernels for `device` give, where there are some that work; else plain torch."""
     target = target_of(device)
-    if target is None or failures:
-        return reference()
-    return served(target, lambda: kernels(target), reference)
+    return reference() if target is None else served(lambda: kernels(target), reference)
 
 
-def served(target: Target, kernels: Callable[[], T], reference: Callable[[], T]) -> T:
-    """What the kernels give; where one cannot be built or launched, what plain torch gives.
-
-    No room raises as it does anywhere, and so does the interpreter's target.
-    """
+def served(kernels: Callable[[], T], reference: Callable[[], T]) -> T:
+    """What the kernels give; where one cannot be built or launched, what plain torch gives."""
     try:
         return kernels()
-    except Exception as error:
-        if not target.backend or is_no_room(error):
-            raise
-        failures.append(f"{type(error).__name__}: {error}")
-        log.debug("a GPU kernel failed", exc_info=True)
-        first = (str(error).splitlines() or [""])[0][:200]
-        explain(
-            f"one failed to build or to launch ({type(error).__name__}: {first}); update the "
-            f"driver and Triton, or set {SWITCH}=off"
-        )
+    except KernelError as error:
+        replace_from_now(error)
         return reference()

@@ -44,7 +44,7 @@ def table_gradients(
 
     if weight is None or target is None:
         return plain()
-    return served(target, lambda: by_codes(grad, x, packed, weight, target), plain)
+    return served(lambda: by_codes(grad, x, packed, weight, target), plain)
 
 
 def by_codes(

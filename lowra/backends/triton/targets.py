@@ -22,7 +22,21 @@ class Target:
     permutes: bool
     overlaps: bool
 
+    @property
+    def shared_bytes(self) -> int:
+        """What a program has of shared memory."""
+        if self.backend == "cuda":
+            return SHARED_KIB.get(int(self.arch), 99) << 10
+        return 64 << 10 if self.backend else 1 << 62
 
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Whether products in half precision read tokens from shared memory as they go."""
+        return self.backend == "cuda" and int(self.arch) // 10 in (9, 10)
+
+
+SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""By NVIDIA architecture, as the CUDA guide lists it; others have 99."""
 INTERPRETER = Target("interpreter", "", 0, 32, permutes=False, overlaps=False)
 TARGETS = (
     Target("sm80", "cuda", 80, 32, permutes=True, overlaps=False),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lowra.backends.triton.keys import Blocks
+from lowra.backends.triton.keys import Blocks, WeightKey
 from lowra.backends.triton.schedule import UNPACKED, Choice, choose, processors
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight
@@ -45,8 +45,9 @@ def choice_for(
     place = ("choice", m, dtype, rank <= MOST_RANK, device, target.name, _read_times[0])
     found = weight.form.plans.get(place)
     if found is None:
-        key, panels, k = weight.key.text, weight.panels, weight.k
-        found = _choice(key, panels, k, m, dtype, rank <= MOST_RANK, target, device)
+        found = _choice(
+            weight.key, weight.panels, weight.k, m, dtype, rank <= MOST_RANK, target, device
+        )
         weight.form.keep(place, found)
     return found
 
@@ -57,12 +58,12 @@ _read_times = [0]
 
 @functools.lru_cache(maxsize=8192)
 def _choice(
-    key: str, panels: tuple[int, ...], k: int, m: int, dtype: torch.dtype, fits: bool,
+    key: WeightKey, panels: tuple[int, ...], k: int, m: int, dtype: torch.dtype, fits: bool,
     target: Target, device: torch.device,
 ) -> Choice:  # fmt: skip
-    text = case_of(key, sum(panels[1::2]), k, dtype, m)
+    text = case_of(key.text, sum(panels[1::2]), k, dtype, m)
     tuned = table_of(device_name(device)).get(text) if fits else None
-    return tuned or choose(panels, k, m, processors(device), target)
+    return tuned or choose(key, panels, k, m, dtype, processors(device), target)
 
 
 def case_of(key: str, n: int, k: int, dtype: torch.dtype, m: int) -> str:
