@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.results_file import write_results
+from benchmarks.speed.gpu_kernels import refuse_replaced, require_kernels
 from lowra.backends.triton import linear, schedule, service
 from lowra.backends.triton.tuning import entry_of
 from lowra.compiler.storage import UNROTATED
@@ -82,6 +82,7 @@ def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[R
             "dense": (lambda i, x=x: functional.linear(x, dense[i % len(dense)]), len(dense)),
         }  # fmt: skip
         best = seconds_of(runs)
+        refuse_replaced()
         yield {
             "case": name, "n": n, "k": k, "m": m, "bytes": size,
             **{f"{what}_us": 1e6 * seconds for what, seconds in best.items()},
@@ -110,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
     sweep = parser.parse_args().sweep
-    os.environ[service.SWITCH] = "on"
+    require_kernels()
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "rows": [], "sweep": []}
     found |= bandwidths()
     print(found["gpu"], *(f"{n} {found[n]:.0f}" for n in found if "per_s" in n), flush=True)

@@ -11,7 +11,6 @@ its 32 layers. Writes benchmarks/results/speed_gpu_compile.json. Needs a CUDA de
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results_file import write_results
+from benchmarks.speed.gpu_kernels import refuse_replaced, require_kernels
 from benchmarks.speed.passes import loops
-from lowra.backends.triton import service
 from lowra.compiler.offload import Offload, offload
 from lowra.workflows.bench import alternate
 
@@ -81,11 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5)
     seconds = parser.parse_args().seconds
-    os.environ[service.SWITCH] = "on"
+    require_kernels()
     rows = rows_of(LINEARS, offload(torch.device("cuda"), []), seconds)
     model = whole(rows, LAYERS)
-    if service.failures:
-        raise SystemExit(f"nothing written, kernels failed: {'; '.join(service.failures)}")
+    refuse_replaced()
     write_results(NAME, {"gpu": torch.cuda.get_device_name(), "rows": rows, "model": model})
     Console().print(table_of(rows, model))
 

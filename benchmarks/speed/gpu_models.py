@@ -16,7 +16,6 @@ import copy
 import functools
 import gc
 import math
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -28,8 +27,8 @@ from benchmarks.finetune.bases import RANK, with_lora
 from benchmarks.finetune.memory import nf4_layer
 from benchmarks.quality.protocol import sites_of
 from benchmarks.results_file import write_results
+from benchmarks.speed.gpu_kernels import refuse_replaced, require_kernels
 from benchmarks.speed.models import lora_step
-from lowra.backends.triton import service
 from lowra.runtime.checkpoint_reader import unfilled
 from lowra.runtime.modules import QuantizedLinear
 from lowra.workflows.bench import random_weight, tokens_per_second
@@ -169,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
     layers = parser.parse_args().layers
-    os.environ[service.SWITCH] = "on"
+    require_kernels()
     shapes = {**SHAPES, "num_hidden_layers": layers}
     found: Row = {
         "gpu": torch.cuda.get_device_name(), "layers": layers, "prompt": PROMPT,
@@ -194,6 +193,7 @@ def _measure(found: Row, part: str, name: str, measure: Callable[[], Any]) -> No
     """One more result, or the error in its place: what is measured already is never lost."""
     try:
         found[part][name] = measure()
+        refuse_replaced()
     except Exception as error:
         found[part][name] = {"error": f"{type(error).__name__}: {error}"[:300]}
     print(part, name, found[part][name], flush=True)
