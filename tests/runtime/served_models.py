@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import lowra
+from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.serving.pool import AdapterPool
-from tests.runtime.compiled_models import Case
+from tests import models
+from tests.runtime.compiled_models import EIGHT, Case, compile_case
 from tests.runtime.peft_models import adapted, bare_llama, own, saved
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -94,3 +96,32 @@ def ids_of(batch: int, length: int = 6, seed: int = 0) -> Tensor:
 def llama() -> Case:
     """The bare llama that pools serve: a copy, as `alone` may copy the first within a batch."""
     return replace(bare_llama(), compiled=own(bare_llama().compiled))
+
+
+@functools.cache
+def biased_llama() -> Case:
+    """A llama of two layers whose linears have biases, compiled without an adapter."""
+    return compile_case(_biased, **{**EIGHT, "rank": 0})
+
+
+def _biased() -> nn.Module:
+    config = models.tiny_llama().config
+    config.attention_bias = config.mlp_bias = True
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = type(models.tiny_llama())(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    return model
+
+
+def in_memory(model: Any, seed: int) -> dict[str, Any]:
+    """Factors of every linear of a model, in float16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).half()
+
+    layers = quantized_linears(model).items()
+    return {name: (normal(3, layer.k), normal(layer.n, 3), 1.0) for name, layer in layers}

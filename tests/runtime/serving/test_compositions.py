@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,11 +13,19 @@ from lowra.compiler.errors import AdapterError
 from lowra.runtime.serving.ensemble import Ensemble, ensemble
 from lowra.runtime.serving.flow_gates import FlowGates
 from lowra.runtime.serving.index import INSTRUCTION, AdapterIndex
+from lowra.runtime.serving.pool import AdapterPool
 from tests.runtime.compiled_models import end_to_end
-from tests.runtime.served_models import alone, ids_of, llama, pool_of, run
+from tests.runtime.served_models import (
+    alone,
+    biased_llama,
+    ids_of,
+    in_memory,
+    llama,
+    pool_of,
+    run,
+)  # fmt: skip
 
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
-LAYER = "model.layers.0"
 
 
 def test_an_ensemble_is_every_adapter_on_every_sequence() -> None:
@@ -58,10 +67,18 @@ def gates_of(model: Any) -> FlowGates:
     return gates
 
 
-def seen(model: Any, ids: Tensor, site: str) -> dict[str, Tensor]:
+@functools.cache
+def two_layers() -> AdapterPool:
+    """A pool of a model whose layers have gates of their own."""
+    pool = AdapterPool(biased_llama().compiled, 1 << 21)
+    for seed, name in enumerate(("lora", "packed-wide")):
+        pool.add(name, in_memory(pool.model, seed))
+    return pool
+
+
+def seen(model: Any, ids: Tensor, layer: str, site: str) -> dict[str, Tensor]:
     """The inputs of the layer, and input and output of one of its linears."""
     found: dict[str, Tensor] = {}
-    layer, linear = model.get_submodule(LAYER), model.get_submodule(f"{LAYER}.{site}")
 
     def before(_m: Any, inputs: tuple[Tensor, ...]) -> None:
         found["layer"] = inputs[0]
@@ -69,7 +86,10 @@ def seen(model: Any, ids: Tensor, site: str) -> dict[str, Tensor]:
     def after(_m: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         found["x"], found["y"] = inputs[0], y
 
-    hooks = [layer.register_forward_pre_hook(before), linear.register_forward_hook(after)]
+    hooks = [
+        model.get_submodule(layer).register_forward_pre_hook(before),
+        model.get_submodule(f"{layer}.{site}").register_forward_hook(after),
+    ]
     try:
         run(model, ids)
     finally:
@@ -79,27 +99,28 @@ def seen(model: Any, ids: Tensor, site: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("site", ["self_attn.q_proj", "mlp.down_proj"])
-def test_gates_weigh_each_adapter_by_token_as_lora_flow_does(site: str) -> None:
-    pool, ids = pool_of(llama().compiled, "lora", "packed-wide"), ids_of(2)
+@pytest.mark.parametrize("place", [0, 1])
+def test_gates_weigh_each_adapter_by_token_as_lora_flow_does(place: int, site: str) -> None:
+    pool, ids, layer = two_layers(), ids_of(2), f"model.layers.{place}"
     gates = gates_of(pool.model)
     with gates.use(pool):
-        values = seen(pool.model, ids, site)
-    linear = pool.model.get_submodule(f"{LAYER}.{site}")
+        values = seen(pool.model, ids, layer, site)
+    linear = pool.model.get_submodule(f"{layer}.{site}")
     outputs = []
     for name in (None, "lora", "packed-wide"):
         with pool.use(name), torch.no_grad():
             outputs.append(linear(values["x"]))
-    w = (values["layer"] @ gates.weight[0].T / 1.1).softmax(-1) + gates.bias[0]
+    w = (values["layer"] @ gates.weight[place].T / 1.1).softmax(-1) + gates.bias[place]
     base = outputs[0]
     want = base + w[..., :1] * (outputs[1] - base) + w[..., 1:] * (outputs[2] - base)
     torch.testing.assert_close(values["y"], want.detach(), **CLOSE)
 
 
 def test_gates_train_and_nothing_else_does() -> None:
-    model: Any = llama().compiled
-    pool, ids = pool_of(model, "lora", "packed-wide"), ids_of(2)
+    pool, ids = two_layers(), ids_of(2)
+    model: Any = pool.model
     gates = FlowGates(model, ["lora", "packed-wide"])
-    assert sum(p.numel() for p in gates.parameters()) == 2 * 64 + 2
+    assert [list(p.shape) for p in gates.parameters()] == [[2, 2, 64], [2, 2]]
     optimizer, losses = torch.optim.Adam(gates.parameters(), lr=0.1), []
     for _ in range(5):
         with gates.use(pool):
@@ -109,6 +130,7 @@ def test_gates_train_and_nothing_else_does() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.01, losses
+    assert all(bool(p.detach().flatten(1).any(dim=1).all()) for p in gates.parameters())
     assert not any(p.requires_grad for p in model.parameters())
 
 

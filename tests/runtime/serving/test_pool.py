@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,21 @@ import lowra
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.adapter_view import base_of
 from lowra.runtime.compiled import compiled
-from lowra.runtime.module_view import quantized_linears
 from lowra.runtime.serving.batch import SiteMix
 from lowra.runtime.serving.pool import AdapterPool
 from tests.runtime.compiled_models import end_to_end, low_llama, output
-from tests.runtime.peft_models import own
-from tests.runtime.served_models import ALL, alone, folder, ids_of, llama, pool_of, run
+from tests.runtime.peft_models import adapted, own, saved
+from tests.runtime.served_models import (
+    ALL,
+    alone,
+    biased_llama,
+    folder,
+    ids_of,
+    in_memory,
+    llama,
+    pool_of,
+    run,
+)  # fmt: skip
 
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 
@@ -30,6 +38,24 @@ def test_one_adapter_for_all_equals_the_model_with_it(kind: str) -> None:
         got = run(pool.model, ids)
     torch.testing.assert_close(got, run(alone(kind), ids), **CLOSE)
     assert not torch.allclose(got, run(llama().compiled, ids), **CLOSE)
+
+
+def test_dora_rescales_the_product_and_not_the_bias(tmp_path: Path) -> None:
+    model, ids = biased_llama().compiled, ids_of(2)
+    dora = adapted(model, use_dora=True, target_modules=["q_proj", "up_proj", "down_proj"])
+    with torch.no_grad():
+        for name, parameter in dora.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+    saved(dora, tmp_path / "dora")
+    pool = AdapterPool(model, 1 << 20)
+    pool.add("dora", tmp_path / "dora")
+    pool.add("lora", in_memory(model, 0))
+    with pool.use(["dora", "lora"]):
+        got = run(model, ids)
+    torch.testing.assert_close(got[0], run(dora, ids)[0], **CLOSE)
+    with pool.use("lora"):
+        torch.testing.assert_close(got[1], run(model, ids)[1], **CLOSE)
 
 
 def test_a_mixed_batch_equals_each_sequence_alone() -> None:
@@ -187,17 +213,6 @@ def test_adapters_that_share_a_basis_hold_it_once() -> None:
     assert pool.status().used_bytes == 0
 
 
-def in_memory(model: Any, seed: int) -> dict[str, Any]:
-    """Factors of every linear of a model, in float16."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).half()
-
-    layers = quantized_linears(model).items()
-    return {name: (normal(3, layer.k), normal(layer.n, 3), 1.0) for name, layer in layers}
-
-
 @pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_t5", "tiny_bert", "plain_mlp"])
 def test_other_models_serve_too(name: str) -> None:
     """Conv1D, encoder-decoders, encoders and plain modules: mixed equals one by one."""
@@ -228,53 +243,6 @@ def test_beams_of_an_encoder_decoder_take_their_prompts_adapter() -> None:
     for i in range(2):
         want = pool.generate(ids[i : i + 1], adapters=f"{i}", **fixed)
         assert torch.equal(got[i], want[0])
-
-
-def test_a_pool_under_random_load_serves_the_right_adapter_and_leaks_nothing() -> None:
-    """Names swapped, evicted, prefetched and removed at random, from two threads."""
-    model, ids = llama().compiled, ids_of(1, 3)
-    kinds = ["lora", "rslora", "packed-lora", "packed-wide"]
-    truth = {kind: run(alone(kind), ids) for kind in kinds}
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(count: int) -> int:
-        return int(torch.randint(count, (1,), generator=generator))
-
-    pool = pool_of(model, pages=12, page_bytes=1024)
-    holds: dict[str, str] = {}
-    stop = threading.Event()
-
-    def prefetch() -> None:
-        while not stop.wait(0.002):
-            for name in list(holds):
-                try:
-                    pool.prefetch(name)
-                except AdapterError:  # removed meanwhile
-                    continue
-
-    other = threading.Thread(target=prefetch)
-    other.start()
-    try:
-        for _ in range(60):
-            name, kind = f"n{draw(5)}", kinds[draw(len(kinds))]
-            if name not in holds or draw(4) == 0:
-                pool.add(name, folder(kind), replace=name in holds)
-                holds[name] = kind
-            elif draw(6) == 0:
-                pool.remove(name)
-                del holds[name]
-                continue
-            with pool.use(name):
-                torch.testing.assert_close(run(model, ids), truth[holds[name]], **CLOSE)
-    finally:
-        stop.set()
-        other.join()
-    assert pool.status().evictions > 0
-    for name in pool.names:
-        with pool.use(name):  # waits for what is on its way
-            pass
-        pool.remove(name)
-    assert pool.status().used_bytes == 0
 
 
 def test_layers_are_told_the_largest_rank_of_a_batch() -> None:
