@@ -14,7 +14,7 @@ from benchmarks.adapters.baselines.gptq import feedback, gptq, inverse_root
 from benchmarks.adapters.baselines.jd_diagonal import diagonalised, jd_diagonal
 from benchmarks.adapters.baselines.pb_llm import fit as pb_llm_fit
 from benchmarks.adapters.baselines.pb_llm import most_salient
-from benchmarks.adapters.baselines.rtn import rtn
+from benchmarks.adapters.baselines.rtn import binary, rtn
 from lowra.adapters.factors import LowRank
 
 R, N, K = 8, 200, 320
@@ -52,6 +52,16 @@ def test_every_baseline_gives_all_factors_and_honest_bits(name: str) -> None:
     bits = done.bits / sum(one.parameters for one in adapters)
     nominal = int(name.split()[1]) if " " in name else {"BIN": 1, "PB-LLM": 2, "BiLLM": 1}[name]
     assert nominal < bits < nominal + 5  # a row of B has but 8 columns, and scales of its own
+
+
+def test_every_bit_of_signs_and_of_gptq_is_counted() -> None:
+    """GPTQ's groups lie along rows: one per row of B, of but R columns."""
+    one = adapter()
+    assert binary([one], {}).bits == one.parameters + 16 * R * (-(-K // GROUP) + -(-N // GROUP))
+    for bits in (2, 3, 4):
+        done = gptq([one], {"layer": gram()}, bits)
+        groups = R * -(-K // GROUP) + N * -(-R // GROUP)
+        assert done.bits == bits * one.parameters + groups * (16 + bits)
 
 
 def test_rtn_is_the_formula() -> None:

@@ -20,7 +20,7 @@ from lowra.runtime.trained_adapter import (
     new_adapter,
     save_trained,
 )
-from tests.runtime.served_models import ids_of, llama, run
+from tests.runtime.served_models import ids_of, llama, run, wrapped
 
 TARGETS = ("*q_proj", "*down_proj")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,6 +68,33 @@ def test_each_kind_trains_saves_and_is_served_as_it_was_trained(kind: str, tmp_p
     assert not torch.allclose(got[:2], run(model, ids)[:2], **CLOSE)
     stored = load_file(tmp_path / "a" / WEIGHTS)
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in adapter.parameters())
+
+
+OF_THE_PAPER = {
+    "dora": ("lora_A.", "lora_B.", "lora_magnitude_vector."),  # arXiv 2402.09353, section 4
+    "vera": ("vera_lambda_b.", "vera_lambda_d."),  # arXiv 2310.11454, section 3.1
+}
+
+
+@pytest.mark.parametrize("kind", OF_THE_PAPER)
+def test_a_step_in_peft_trains_what_the_paper_trains_and_nothing_else(kind: str) -> None:
+    model: Any = wrapped(kind, llama().compiled).train()
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    ids, losses = ids_of(2), list[float]()
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.01)
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        if len(losses) == 1:
+            optimizer.step()
+    assert losses[1] < losses[0] - 0.005, losses
+    changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])}
+    parts = OF_THE_PAPER[kind]
+    assert changed == {name for name in tensors if any(f".{part}" in name for part in parts)}
+    assert all(sum(part in name for name in changed) == 2 for part in parts), "of both linears"
 
 
 def test_two_adapters_of_lora_xs_share_their_basis_in_a_pool() -> None:
