@@ -174,14 +174,29 @@ def set_factors(model: nn.Module, factors: Factors) -> None:
 
 
 def _trained(model: Any, name: str, rows: Rows, steps: int, seed: int, file: Path) -> None:
-    """Train from a fresh start: B = 0 on a dense base, and what compiling put there on ours."""
-    start = file.with_name(f"start-{name.replace(' ', '_')}.safetensors")
+    """Train from a fresh start, the seed's own: B = 0 on a dense base, and what compiling put
+    there on ours."""
+    drawn = f"-seed_{seed}" if seed else ""
+    start = file.with_name(f"start-{name.replace(' ', '_')}{drawn}.safetensors")
     if not start.exists():
-        _write(factors_of(model), start)
+        _write(started(factors_of(model), seed), start)
     set_factors(model, {f.name: (f.a, f.b) for f in _read(start)})
     torch.manual_seed(seed)
     train(model, rows.ids, "adamw", RATE, steps, seed, labels=rows.labels)
     _write(factors_of(model), file)
+
+
+def started(adapter: list[LowRank], seed: int) -> list[LowRank]:
+    """Where a seed starts: 0 as the model came; above, with A drawn anew as peft draws it, uniform
+    up to 1 / sqrt(k), unless the start is not drawn at random, which B tells."""
+    if not seed or any(bool(f.b.any()) for f in adapter):
+        return adapter
+    generator = torch.Generator().manual_seed(seed)
+    shares = [torch.rand(f.rank, f.k, generator=generator) for f in adapter]
+    return [
+        LowRank(f.name, (2 * share - 1) / f.k**0.5, f.b, f.scaling)
+        for f, share in zip(adapter, shares, strict=True)
+    ]
 
 
 def _write(adapter: Sequence[LowRank], file: Path) -> None:

@@ -44,6 +44,27 @@ def test_the_loss_is_that_of_the_labels() -> None:
     assert loss_of(model, rows) == pytest.approx(float(sum(both)) / 3, rel=1e-5)
 
 
+def test_every_seed_starts_from_an_a_of_its_own() -> None:
+    """Seed 0 from what the model came with, and any where the start is not drawn at random."""
+    made = gain.factors_of(low_llama().compiled)
+    zero = [LowRank(f.name, f.a, 0 * f.b, 1.0) for f in made]
+    assert gain.started(zero, 0) == zero and gain.started(made, 1) == made
+    first, again, second = (gain.started(zero, seed) for seed in (1, 1, 2))
+    for f, one, same, other in zip(zero, first, again, second, strict=True):
+        assert torch.equal(one.a, same.a) and not torch.equal(one.a, other.a)
+        assert not torch.equal(one.a, f.a) and one.a.shape == f.a.shape and not one.b.any()
+        assert 0.9 * f.k**-0.5 < float(one.a.abs().max()) <= f.k**-0.5
+    assert not torch.equal(first[0].a[:, :8], first[1].a[:, :8])
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_start_of_a_seed_is_kept_in_a_file(tmp_path: Path, seed: int) -> None:
+    model: Any = copy.deepcopy(low_llama().compiled)
+    gain._trained(model, "a base", examples(), 1, seed, tmp_path / "adapter.safetensors")
+    name = "start-a_base.safetensors" if seed == 0 else "start-a_base-seed_3.safetensors"
+    assert {file.name for file in tmp_path.iterdir()} == {name, "adapter.safetensors"}
+
+
 def test_shares_lie_between_the_base_and_the_whole_adapter(tmp_path: Path) -> None:
     model: Any = copy.deepcopy(low_llama().compiled)
     rows, file = examples(), tmp_path / "adapter.safetensors"
