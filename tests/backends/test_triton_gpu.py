@@ -71,6 +71,54 @@ def test_a_product_on_a_device_is_the_same_every_time() -> None:
         assert torch.equal(torch.ops.lowra.quantized_linear(x, *arguments_, None), first)
 
 
+def test_graphs_replayed_in_another_order_and_at_once_give_their_own_products() -> None:
+    """Both captured on one stream, with launches of that stream between; then side by side."""
+    packed = packed_of(Shape(4096, 8192, (1, 2, 9)))
+    arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
+    a, b = torch.randn(16, 8192).cuda().bfloat16() / 64, torch.randn(4096, 16).cuda().bfloat16()
+    inputs = [torch.randn(m, 8192, device="cuda", dtype=torch.bfloat16) for m in (1, 3)]
+    stream, graphs, got = torch.cuda.Stream(), [], []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.lowra.quantized_linear_lora(x, *arguments_, None, a, b, 0.5)
+
+    want = [run(x) for x in inputs]
+    for x in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            got.append(run(x))
+        graphs.append(graph)
+    with torch.cuda.stream(stream):
+        eager = run(inputs[0])
+    torch.cuda.synchronize()
+    assert torch.equal(eager, want[0])
+    for graph, y, expected_ in zip(graphs[::-1], got[::-1], want[::-1], strict=True):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected_)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(200):
+        for graph, side in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(side):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_product_under_reduce_overhead_leaves_nothing_in_the_memory_of_its_graphs() -> None:
+    packed = packed_of(Shape(512, 4096, (2,)))
+    arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.lowra.quantized_linear(x, *arguments_, None)
+
+    fast, x = torch.compile(run, mode="reduce-overhead"), torch.randn(2, 4096, device="cuda")
+    with torch.no_grad():
+        for _ in range(4):
+            got = fast(x).clone()
+        assert torch.equal(got, run(x))
+
+
 def test_values_and_gradients_on_a_device_equal_the_reference() -> None:
     packed = packed_of(Shape(700, 1344, (1, 2, 3, 4, 8, 9), 64, block=64))
     arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowra.backends.reference import linear as reference
-from lowra.backends.triton import launch, linear, schedule, service
+from lowra.backends.triton import launch, linear, schedule, service, workspace
 from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.targets import INTERPRETER
 from lowra.backends.triton.weight import weight_of
@@ -97,8 +97,8 @@ def test_parts_of_a_sum_are_added_in_order(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(schedule, "INTERPRETED_PROCESSORS", 64)
     for widths in [(2,), (4, 9, 1)]:
         check(Shape(90, 2400, widths), 5, 16, torch.float32)
-    assert launch._workspaces
-    for _, counters in launch._workspaces.values():
+    assert workspace._workspaces
+    for _, counters in workspace._workspaces.values():
         assert not counters.any()
 
 

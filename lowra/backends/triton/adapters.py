@@ -15,6 +15,7 @@ from lowra.backends.triton.keys import Blocks, ExpandKey, GatherKey
 from lowra.backends.triton.schedule import processors
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES
+from lowra.backends.triton.workspace import outside_graphs
 from lowra.compiler.adapter_ops import require_rows
 from lowra.compiler.grids import level_tables
 from lowra.compiler.ops import LIBRARY
@@ -90,7 +91,7 @@ def _memory(pages: Tensor) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _levels(device: torch.device) -> Tensor:
-    return level_tables().to(device)
+    return outside_graphs(lambda: level_tables().to(device), device)
 
 
 torch.library.impl("lowra::apply_adapters", "CUDA", apply_adapters, lib=LIBRARY)

@@ -18,7 +18,8 @@ from lowra.backends.triton.keys import Blocks, Key, LinearKey, RotateKey, Shrink
 from lowra.backends.triton.schedule import Choice, fused, processors, tiles_of, values_blocks
 from lowra.backends.triton.service import failed, refuse_failed
 from lowra.backends.triton.targets import Target
-from lowra.backends.triton.weight import NAMES, Weight, descriptors
+from lowra.backends.triton.weight import NAMES, Weight
+from lowra.backends.triton.workspace import outside_graphs, workspace
 from lowra.compiler.rotation import Rotation, signs
 
 
@@ -33,7 +34,7 @@ def values(
     if out.numel() == 0:
         return out
     key = ValuesKey(target, weight.key, NAMES[dtype], values_blocks())
-    tiles = descriptors(weight.panels, weight.k, weight.key.own, key.blocks.rows, device)
+    tiles = weight.form.tiles_of(key.blocks.rows, device)
     given = {
         **weight.tensors(), "tiles": tiles, "out": out, "n": weight.n, "k": weight.k,
         "first_column": columns.start, "last_column": columns.stop,
@@ -63,7 +64,7 @@ def product(
         key, grid = product_key(
             weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, choice
         )
-        tiles = descriptors(weight.panels, weight.k, weight.key.own, key.blocks.rows, device)
+        tiles = weight.form.tiles_of(key.blocks.rows, device)
         plan = weight.form.keep(place, (launcher_of(key), grid, tiles))
     launcher, grid, tiles = plan
     given = {
@@ -142,9 +143,11 @@ def _rotating(
     return launcher_of(key), _scaled_signs(rotation, k, device)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def _scaled_signs(rotation: Rotation, k: int, device: torch.device) -> Tensor:
-    return (signs(rotation.seed, k) / math.sqrt(rotation.block)).float().to(device)
+    """Kept for good: captured graphs read them."""
+    scaled = (signs(rotation.seed, k) / math.sqrt(rotation.block)).float()
+    return outside_graphs(lambda: scaled.to(device), device)
 
 
 def room(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -206,23 +209,8 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 _HERE = nullcontext()
 
 
-_workspaces: dict[tuple[str, torch.device, int], tuple[Tensor, Tensor]] = {}
-
-
 def _workspace(
     what: str, places: int, parts: int, blocks: Blocks, device: torch.device
 ) -> dict[str, Tensor]:
-    """Room for sums of parts, and counters that are zero between launches; one per stream, since
-    launches on one stream follow each other. Kept: a captured graph goes on using it."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    size = places * parts * blocks.rows * blocks.tokens
-    sums, counters = _workspaces.get((what, device, stream), (None, None))
-    if sums is None or counters is None or sums.numel() < size or counters.numel() < places:
-        sums = room("sums of parts", (size,), torch.float32, device)
-        counters = torch.zeros(max(places, 4096), dtype=torch.int32, device=device)
-        _kept.append((sums, counters))
-        _workspaces[what, device, stream] = sums, counters
+    sums, counters = workspace(what, places, places * parts * blocks.rows * blocks.tokens, device)
     return {"partial": sums, "counters": counters}
-
-
-_kept: list[tuple[Tensor, Tensor]] = []

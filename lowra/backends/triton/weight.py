@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowra.backends.triton.keys import TERNARY_ID, WeightKey, weight_key
 from lowra.backends.triton.tables import DESCRIPTOR_SIZE
+from lowra.backends.triton.workspace import outside_graphs
 from lowra.compiler.packing import FORMATS, levels_of, row_words
 from lowra.compiler.storage import scale_groups
 
@@ -27,7 +28,8 @@ class Form:
     """What is known of a packed weight once its tensors have been looked at; none of them is held.
 
     n: rows. dtypes: of activations, that kernels take it with. plans: what launches keep about it
-    for as long as the codes live, by their own keys.
+    for as long as the codes live, by their own keys. tiles: descriptors by rows and device, which
+    captured graphs read: they stay as long as the codes.
     """
 
     panels: tuple[int, ...]
@@ -36,6 +38,17 @@ class Form:
     key: WeightKey
     dtypes: set[torch.dtype] = field(default_factory=set[torch.dtype])
     plans: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    tiles: dict[tuple[int, torch.device], Tensor] = field(
+        default_factory=dict[tuple[int, torch.device], Tensor]
+    )
+
+    def tiles_of(self, rows: int, device: torch.device) -> Tensor:
+        """Descriptors of tiles of at most `rows` rows; see `descriptors`."""
+        found = self.tiles.get((rows, device))
+        if found is None:
+            found = descriptors(self.panels, self.k, self.key.own, rows, device)
+            self.tiles[rows, device] = found
+        return found
 
     def keep(self, place: Any, plan: T) -> T:
         """Remember a plan. There is one per number of tokens, so a few hundred are enough."""
@@ -212,4 +225,5 @@ def descriptors(
         word, stored = word + count * sum(per_row), stored + count
         table += levels_of(id) * (count if own else 1)
     assert not made or len(made[0]) == DESCRIPTOR_SIZE
-    return torch.tensor(made, dtype=torch.int32, device=device).view(-1, DESCRIPTOR_SIZE)
+    tiles = torch.tensor(made, dtype=torch.int32).view(-1, DESCRIPTOR_SIZE)
+    return outside_graphs(lambda: tiles.to(device), device)
