@@ -38,6 +38,16 @@ def test_gradients_are_those_of_autograd(
         assert one.dtype == torch.float32 and close(one, two, dtype)
 
 
+def test_gradients_in_float16_are_summed_in_float32() -> None:
+    """dL/dW of many tokens is larger than any float16."""
+    weight = packed_of(CASES["one width"])
+    grad, x = torch.full((300, 40), 40.0).half(), torch.full((300, 300), 40.0).half()
+    packed = tuple(weight.op_args())
+    got = table_gradients.by_codes(grad, x, packed, weight_of(packed), INTERPRETER)
+    for one, two in zip(got, exact(grad, x, weight), strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1)
+
+
 def test_where_kernels_fail_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("unsupported toolchain")

@@ -27,7 +27,8 @@ from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import scale_groups
 
 PIECE_BYTES = 64 << 20
-"""Of dL/dW that is held at a time. Not measured."""
+"""Of dL/dW, float32, that is held at a time, or of COLUMNS columns where those are more. Not
+measured."""
 
 
 def table_gradients(
@@ -56,12 +57,12 @@ def by_codes(
     groups = scale_groups(k, group)
     sums = torch.zeros(sums_size(panels, groups), device=grad.device)
     turned = launch.rotated(x.contiguous(), Rotation(seed, block), target)
-    rows = grad[:, order.long()].T
+    rows = grad[:, order.long()].T.float()
     index = _index(weight)
     step = max(COLUMNS, PIECE_BYTES // (4 * max(1, weight.n)) // COLUMNS * COLUMNS)
     for start in range(0, k, step):
         columns = slice(start, min(k, start + step))
-        dense = (rows @ turned[:, columns]).float()
+        dense = rows @ turned[:, columns].float()
         found = launch.values(index, torch.float16, target, columns)
         first, last = start // group, -(-columns.stop // group)
         members = _members(columns, group, first, last, grad.device)
