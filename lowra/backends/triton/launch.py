@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ def values(
     weight: Weight, dtype: torch.dtype, target: Target, columns: slice | None = None,
 ) -> Tensor:  # fmt: skip
     """W [n, columns] in the given order of rows and stored coordinates; `columns` begin at a
-    multiple of 1280, where tiles of both lengths do."""
+    multiple of 256, and of 1280 where there are ternary rows: where tiles of all widths do."""
     columns = columns or slice(0, weight.k)
     size, device = columns.stop - columns.start, weight.codes.device
     out = room("an unpacked weight", (weight.n, size), dtype, device)
@@ -100,7 +101,7 @@ def padded_rank(rank: int) -> int:
 def shrink(x: Tensor, a: Tensor, target: Target) -> Tensor:
     """h = x A' [m, r] in the dtype of x [m, k], for few tokens; what follows may start early."""
     (m, k), rank, device = x.shape, a.shape[0], x.device
-    hidden = torch.empty(m, rank, dtype=x.dtype, device=device)
+    hidden = room("products with A", (m, rank), x.dtype, device)
     launcher, tokens, parts = _shrinking(m, k, rank, x.dtype, a.dtype, target, device)
     given = {"x": x, "lora_a": a, "hidden": hidden, "m": m, "k": k, "rank": rank}
     # Not the room of the product behind it, which may run at the same time.
@@ -155,9 +156,25 @@ def room(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError as error:
-        size = math.prod(shape) * dtype.itemsize / 2**20
-        error.add_note(f"lowra: no room for {what} {list(shape)} of {dtype}, {size:.0f} MiB")
+        _name_in(error, what, shape, dtype)
         raise
+
+
+@contextmanager
+def noted(what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[None]:
+    """The same for what torch allocates itself."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _name_in(error, what, shape, dtype)
+        raise
+
+
+def _name_in(
+    error: torch.OutOfMemoryError, what: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    size = math.prod(shape) * dtype.itemsize / 2**20
+    error.add_note(f"lowra: no room for {what} {list(shape)} of {dtype}, {size:.0f} MiB")
 
 
 @dataclass

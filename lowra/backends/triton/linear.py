@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import launch
+from lowra.backends.triton.keys import TERNARY_ID
 from lowra.backends.triton.schedule import MOST_FUSED_RANK, UNPACKED, Choice
 from lowra.backends.triton.service import (
     KernelError,
@@ -31,8 +32,8 @@ FEW_TOKENS = 16
 """Up to here a kernel of our own makes h = x A'; above, torch does."""
 COLUMNS = math.lcm(TILE, TERNARY_TILE)
 PIECE_BYTES = 16 << 20
-"""Of an unpacked weight that torch multiplies at a time, in `input_gradient`: it stays in the
-second cache. Not measured."""
+"""Of an unpacked weight that torch multiplies at a time, in `input_gradient`, so that it may stay
+in the second cache; more where a tile of columns is more. Not measured."""
 
 _unpacked: dict[str, Callable[..., Tensor]] = reference.kernels(reference.stored_rows)
 
@@ -95,7 +96,9 @@ def _by_choice(
         made = _factors(rows, factors, target)
         return launch.product(turned, weight, target, bias, *made, choice=choice)
     if choice == UNPACKED:
-        y = functional.linear(turned, launch.values(weight, rows.dtype, target), bias)
+        unpacked_ = launch.values(weight, rows.dtype, target)
+        with launch.noted("a product", (rows.shape[0], weight.n), rows.dtype):
+            y = functional.linear(turned, unpacked_, bias)
     else:
         y = launch.product(turned, weight, target, bias, choice=choice)
     if factors is not None:
@@ -170,8 +173,7 @@ def input_gradient(
 
 
 def backward(grad: Tensor, packed: tuple[Any, ...], target: Target | None) -> Tensor:
-    """dL/dx [..., k], a few columns of W at a time: torch multiplies them where they lie in the
-    second cache, and no more than PIECE_BYTES of W are ever unpacked."""
+    """dL/dx [..., k], by pieces of W of some PIECE_BYTES that torch multiplies."""
     weight = ready(packed, grad.dtype, target)
 
     def reference() -> Tensor:
@@ -186,10 +188,14 @@ def _by_pieces(grad: Tensor, packed: tuple[Any, ...], weight: Weight, target: Ta
     rows = grad.reshape(-1, weight.n)
     out = launch.room("a gradient", (rows.shape[0], weight.k), grad.dtype, grad.device)
     fit = PIECE_BYTES // (max(1, weight.n) * grad.dtype.itemsize)
-    step = max(COLUMNS, fit // COLUMNS * COLUMNS)
+    # Tiles of all widths begin together where a piece does.
+    whole = COLUMNS if TERNARY_ID in weight.panels[0::2] else TILE
+    step = max(whole, fit // whole * whole)
     for start in range(0, weight.k, step):
         columns = slice(start, min(weight.k, start + step))
-        out[:, columns] = rows @ launch.values(weight, grad.dtype, target, columns)
+        piece = launch.values(weight, grad.dtype, target, columns)
+        with launch.noted("a piece of a gradient", (rows.shape[0], piece.shape[1]), grad.dtype):
+            out[:, columns] = rows @ piece
     turned = launch.rotated(out, Rotation(*packed[7:9]), target, back=True)
     return turned.view(*grad.shape[:-1], weight.k)
 
