@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,17 @@ def test_tables_are_extended_and_keep_what_they_had() -> None:
     add_to_table("A GPU (2)", {"b": {**two, "us": 3.5}})
     assert read_table(path) == {"a": UNPACKED, "b": Choice(Blocks(64, 16, 4, 4), 2)}
     assert json.loads(path.read_text())["choices"]["b"]["us"] == 3.5
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".lock"]
+
+
+def test_two_processes_lose_none_of_each_others_entries() -> None:
+    code = (
+        "import sys; from lowra.backends.triton.tuning import add_to_table as add\n"
+        "for i in range(150): add('A GPU', {f'{sys.argv[1]}{i}': {'unpacked': True}})"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert len(read_table(own_table("A GPU"))) == 300
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,8 @@ def test_tables_are_extended_and_keep_what_they_had() -> None:
          '"parts": 2}}}', "16 per warp"),
         ('{"format": 1, "choices": {"a": {"rows": 64, "tokens": 16, "warps": 4, "stages": 2, '
          '"parts": 0}}}', "parts is 0"),
+        ('{"format": 1, "choices": {"a": {"rows": 64, "tokens": 16, "warps": 4, "stages": 2, '
+         '"parts": 70000}}}', "parts is 70000"),
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_left_out_and_named(

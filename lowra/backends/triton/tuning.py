@@ -7,6 +7,7 @@ Nothing is measured inside a product.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -30,6 +31,8 @@ FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned")
 MOST_RANK = 64
 """A choice is measured to have room for factors of this rank; above, `schedule` decides."""
+MOST_PARTS = 4096
+"""More than any device has programs for; a grid holds 65535."""
 
 SIZES: Mapping[str, tuple[int, ...]] = {
     "rows": (32, 64, 128, 256), "tokens": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8),
@@ -130,7 +133,7 @@ def _parsed(case: str, entry: Any) -> Choice:
     for name, legal in SIZES.items():
         if type(entry.get(name)) is not int or entry[name] not in legal:
             raise ValueError(f"{case}: {name} is {entry.get(name)!r}")
-    if type(entry.get("parts")) is not int or entry["parts"] < 1:
+    if type(entry.get("parts")) is not int or not 1 <= entry["parts"] <= MOST_PARTS:
         raise ValueError(f"{case}: parts is {entry.get('parts')!r}")
     if entry["rows"] < 16 * entry["warps"]:
         raise ValueError(f"{case}: {entry['rows']} rows are fewer than 16 per warp")
@@ -155,11 +158,18 @@ def add_to_table(device: str, entries: Mapping[str, Mapping[str, Any]]) -> Path:
     Raises ValueError where the file there is no table, which is not thrown away; OSError.
     """
     path = own_table(device)
-    there = read_entries(path) if path.exists() else {}
-    data = {"format": FORMAT, "device": device, "choices": {**there, **entries}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
-        scratch.write(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    os.replace(scratch.name, path)
+    with open(path.with_suffix(".lock"), "a") as lock:
+        with contextlib.suppress(ImportError):  # there is none on Windows, and no Triton either
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be adding its own
+        there = read_entries(path) if path.exists() else {}
+        data = {"format": FORMAT, "device": device, "choices": {**there, **entries}}
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".tmp", delete=False
+        ) as scratch:
+            scratch.write(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        os.replace(scratch.name, path)
     forget()
     return path
