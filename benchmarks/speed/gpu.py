@@ -1,9 +1,11 @@
 """Measured times of the GPU kernels beside torch's bfloat16 linear, by replay of CUDA graphs.
 
-    python -m benchmarks.speed.gpu [--sweep]
+    python -m benchmarks.speed.gpu [--every] [--sweep]
 
 Every product runs over weights that are together larger than the cache, both sides by turns in one
-run; seconds are the least of several replays, per product. `--sweep` tries other blocks and parts.
+run; seconds are the least of several replays, per product. `--sweep` tries other blocks and parts;
+`--every` takes all shapes of 7B, 8B and 70B Llamas, five kinds of weights and nine numbers of
+tokens, 450 rows in place of 49.
 Writes benchmarks/results/speed_gpu.json. Needs a CUDA device.
 """
 
@@ -34,12 +36,27 @@ SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
     ("2 bits", 4096, 4096, (2,)), ("1.5 bits mixed", 4096, 14336, (2, 1)),
 )  # fmt: skip
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+EVERY_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
+MODELS: dict[str, tuple[tuple[int, int], ...]] = {
+    "7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+}
+"""Of Llamas, [n, k]."""
+KINDS = {"4 bits": (4,), "3 bits": (3,), "2 bits": (2,), "1 bit": (1,), "1.5 bits mixed": (2, 1)}
 SWEPT = (
     ("4 bits", 8192, 8192, (4,), 1), ("2 bits", 8192, 8192, (2,), 1),
     ("1 bit", 8192, 8192, (1,), 1), ("2 bits", 8192, 8192, (2,), 16),
     ("2 bits", 8192, 8192, (2,), 256),
 )  # fmt: skip
 Row = dict[str, Any]
+Case = tuple[str, int, int, tuple[float, ...]]
+
+
+def every_case() -> list[Case]:
+    """All kinds at all shapes of the models, each shape once."""
+    shapes = dict.fromkeys(shape for shapes in MODELS.values() for shape in shapes)
+    return [(name, n, k, widths) for n, k in shapes for name, widths in KINDS.items()]
 
 
 def bandwidths() -> dict[str, float]:
@@ -58,7 +75,9 @@ def bandwidths() -> dict[str, float]:
     }
 
 
-def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[Row]:
+def measured(
+    name: str, n: int, k: int, widths: tuple[float, ...], tokens: tuple[int, ...] = TOKENS
+) -> Iterator[Row]:
     op, op_lora = torch.ops.lowra.quantized_linear, torch.ops.lowra.quantized_linear_lora
     weight = random_weight(n, k, *widths)
     plain, turned = device_copies(replace(weight, rotation=UNROTATED)), device_copies(weight)
@@ -67,7 +86,7 @@ def measured(name: str, n: int, k: int, widths: tuple[float, ...]) -> Iterator[R
     a = torch.randn(RANK, k, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(n, RANK, device="cuda", dtype=torch.bfloat16)
     size = plain[0][0].numel() * 4
-    for m in TOKENS:
+    for m in tokens:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         runs: dict[str, tuple[Run, int]] = {
             "lowra": (lambda i, x=x: op(x, *plain[i % len(plain)], None), len(plain)),
@@ -110,18 +129,20 @@ def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
-    sweep = parser.parse_args().sweep
+    parser.add_argument("--every", action="store_true")
+    options = parser.parse_args()
     require_kernels()
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "rows": [], "sweep": []}
     found |= bandwidths()
     print(found["gpu"], *(f"{n} {found[n]:.0f}" for n in found if "per_s" in n), flush=True)
     with torch.no_grad():
-        for case in SHAPES:
-            for row in measured(*case):
+        tokens = EVERY_TOKENS if options.every else TOKENS
+        for case in every_case() if options.every else SHAPES:
+            for row in measured(*case, tokens):
                 found["rows"].append(row)
                 print(" ".join(_text(v) for v in row.values()), flush=True)
             write_results("speed_gpu", found)
-        for name, n, k, widths, m in SWEPT if sweep else ():
+        for name, n, k, widths, m in SWEPT if options.sweep else ():
             rows = list(swept(name, n, k, widths, m))
             found["sweep"] += rows
             best = sorted((r.get("us", math.inf), str(r["choice"])) for r in rows)[:6]

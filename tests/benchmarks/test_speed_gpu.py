@@ -36,3 +36,10 @@ def test_rows_and_sweep_are_written_and_the_best_blocks_printed(
 def test_rows_of_every_width_hold_all_of_its_codes() -> None:
     weight = replace(random_weight(64, 256, 2, 1), rotation=UNROTATED)
     assert [len(row.unique()) for row in weight.dequantize()] == [4] * 32 + [2] * 32
+
+
+def test_every_case_is_a_shape_of_a_llama_in_every_kind() -> None:
+    cases = gpu.every_case()
+    assert len(set(cases)) == len(cases) == 10 * len(gpu.KINDS)
+    assert {(n, k) for _, n, k, _ in cases} >= {(28672, 8192), (8192, 28672), (11008, 4096)}
+    assert {2, 8} < set(gpu.EVERY_TOKENS) > set(gpu.TOKENS)
