@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowra.backends.reference import linear as reference
-from lowra.backends.triton import launch, linear, schedule, service, workspace
+from lowra.backends.triton import build, launch, linear, schedule, service, workspace
+from lowra.backends.triton.emit import emit
 from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.targets import INTERPRETER
 from lowra.backends.triton.weight import weight_of
@@ -57,9 +59,36 @@ def test_products_equal_float64(data: st.DataObject) -> None:
     check(shape, m, data.draw(st.sampled_from([0, 1, 16, 20])), dtype)
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 65, 300])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 16, 33, 64, 65, 128, 257, 300])
 def test_any_number_of_tokens(m: int) -> None:
     check(Shape(140, 600, (2, 3, 9)), m, 8, torch.float32)
+
+
+@pytest.mark.parametrize("m", [3, 33, 128])
+@pytest.mark.parametrize("widths", [(1,), (4, 1), (8, 2)], ids=str)
+def test_any_number_of_tokens_of_other_widths(widths: tuple[int, ...], m: int) -> None:
+    check(Shape(70, 320, widths), m, 0, torch.float32)
+
+
+def test_an_overridden_kernel_is_built_and_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its epilogue gives twice the product."""
+    packed = packed_of(Shape(21, 96, (2,)))
+    x, dense = torch.randn(2, 96), packed.dequantize(torch.float64)
+    linear.forward(x, packed.op_args(), None, None, INTERPRETER)
+    plans = weight_of(packed.op_args()).form.plans.values()
+    (launcher,) = (plan[0] for plan in plans if isinstance(plan, tuple))
+    text = emit(launcher.key).replace("acc.to(y.dtype", "(2 * acc).to(y.dtype")
+    (tmp_path / f"{launcher.name}.py").write_text(text)
+    monkeypatch.setenv(build.OVERRIDE, str(tmp_path))
+    other = packed_of(Shape(21, 96, (2,)))
+    for cache in (launch.launcher_of, build.kernel_of):
+        cache.cache_clear()
+    y = linear.forward(x, other.op_args(), None, None, INTERPRETER)
+    for cache in (launch.launcher_of, build.kernel_of):
+        cache.cache_clear()
+    assert distance(y, 2 * x.double() @ dense.T) < 2e-6
 
 
 @pytest.mark.parametrize("width", EVERY)
@@ -131,14 +160,49 @@ def test_rotation_and_its_way_back(block: int) -> None:
     assert distance(back, unrotate(x.double(), rotation)) < 1e-6
 
 
+@pytest.mark.parametrize("widths", [(1, 2, 9), (1, 3, 8)], ids=str)
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-def test_input_gradients_by_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_gradients_by_pieces(
+    dtype: torch.dtype, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(linear, "PIECE_BYTES", 1)
-    packed = packed_of(Shape(60, 1344, (1, 2, 9), block=64))
+    packed = packed_of(Shape(60, 1344, widths, block=64))
     grad = torch.randn(2, 3, 60).to(dtype)
     got = linear.backward(grad, packed.op_args(), INTERPRETER)
     assert got.dtype == dtype and got.shape == (2, 3, 1344)
     assert distance(got, grad.double() @ packed.dequantize(torch.float64)) < LIMIT[dtype]
+
+
+def test_pieces_of_a_gradient_are_as_small_as_tiles_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 MB of 28672 rows in bfloat16 are 292 columns."""
+    made: list[int] = []
+    monkeypatch.setattr(launch, "rotated", lambda out, *_, **__: out)
+
+    def values(weight: Any, dtype: torch.dtype, target: Any, columns: slice) -> torch.Tensor:
+        made.append(columns.stop - columns.start)
+        return torch.zeros(weight.n, made[-1], dtype=dtype)
+
+    monkeypatch.setattr(launch, "values", values)
+    monkeypatch.setattr(linear, "PIECE_BYTES", 2 * 60 * 292)
+    for widths, longest in (((2, 1), 256), ((2, 9), 1280)):
+        packed = packed_of(Shape(60, 1344, widths)).op_args()
+        linear.backward(torch.zeros(2, 60).bfloat16(), packed, INTERPRETER)
+        assert max(made) == longest and sum(made) == 1344
+        made.clear()
+
+
+def test_no_room_for_what_torch_multiplies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(linear, "choice_for", lambda *_: UNPACKED)
+    monkeypatch.setattr(linear.functional, "linear", none)
+    packed = packed_of(Shape(60, 96, (2,)))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        linear.forward(torch.zeros(3, 96), packed.op_args(), None, None, INTERPRETER)
+    assert caught.value.__notes__ == [
+        "lowra: no room for a product [3, 60] of torch.float32, 0 MiB"
+    ]
 
 
 LAYOUTS: dict[str, Any] = {

@@ -24,7 +24,7 @@ from lowra.backends.triton.keys import (
     weight_key,
 )
 from lowra.backends.triton.rounding import rounding_key
-from lowra.backends.triton.schedule import linear_blocks, values_blocks
+from lowra.backends.triton.schedule import blocks_of, linear_blocks, values_blocks
 from lowra.backends.triton.static import (
     Machine,
     Static,
@@ -38,7 +38,7 @@ from lowra.backends.triton.tuning import MOST_RANK, SHIPPED, read_table
 triton = pytest.importorskip("triton", reason="Triton is not installed: lowra[triton]")
 BY_NAME = {target.name: target for target in TARGETS}
 SM90 = BY_NAME["sm90"]
-SHARED_BYTES = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+SHARED_BYTES = {name: target.shared_bytes for name, target in BY_NAME.items()}
 ALU = ("LOP3", "SHF", "PRMT", "SEL", "ISETP", "IADD3", "LEA")
 """Instructions of which a processor issues 64 lanes per clock, half of its others."""
 BUDGET = {1: (2.4, 1.3), 2: (2.6, 1.45), 3: (2.8, 1.85), 4: (4.2, 3.0), 9: (4.6, 2.2)}
@@ -225,6 +225,29 @@ def test_kernels_of_adapters_compile_everywhere(target: str, m: int, dtype: str)
         opcodes = {opcode.split(".")[0] for opcode in machine(key).counts}
         assert not opcodes & {"LDL", "STL"}, key.name
         assert dtype == "float32" or ".f32.tf32.tf32" in static.texts["ptx"]
+
+
+OTHERS = {
+    "groups and a row's own tables": weight_key([4, 64, 2, 64], 4096, 64, True, True),
+    "groups across blocks": weight_key([3, 64, 1, 64], 4000, 40, False, True),
+    "8 bits": weight_key([8, 128], 4096, -1, False, False),
+    "tails": weight_key([2, 64, 9, 64], 4000, -1, False, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("target", BY_NAME)
+def test_other_weights_and_dtypes_compile_everywhere(target: str, kind: str, dtype: str) -> None:
+    on, weight = BY_NAME[target], OTHERS[kind]
+    panels = tuple(number for panel in weight.panels for number in (panel.width, 64))
+    blocks = blocks_of(weight, panels, 1, getattr(torch, dtype), on)
+    for key in (
+        LinearKey(on, weight, dtype, blocks, 16, True, True),
+        ValuesKey(on, weight, dtype, values_blocks()),
+    ):
+        assert compiled(key).shared_bytes <= on.shared_bytes
 
 
 @pytest.mark.parametrize("target", BY_NAME)
