@@ -57,12 +57,12 @@ def by_codes(
     groups = scale_groups(k, group)
     sums = torch.zeros(sums_size(panels, groups), device=grad.device)
     turned = launch.rotated(x.contiguous(), Rotation(seed, block), target)
-    rows = grad[:, order.long()].T.float()
+    rows = grad[:, order.long()].T
     index = _index(weight)
     step = max(COLUMNS, PIECE_BYTES // (4 * max(1, weight.n)) // COLUMNS * COLUMNS)
     for start in range(0, k, step):
         columns = slice(start, min(k, start + step))
-        dense = rows @ turned[:, columns].float()
+        dense = _product(rows, turned[:, columns], target)
         found = launch.values(index, torch.float16, target, columns)
         first, last = start // group, -(-columns.stop // group)
         members = _members(columns, group, first, last, grad.device)
@@ -72,6 +72,13 @@ def by_codes(
                 chosen = torch.where(found[here] == level, dense[here], 0.0)
                 part[:, first:last, level] += chosen @ members
     return gradients_of(sums, packed)
+
+
+def _product(a: Tensor, b: Tensor, target: Target) -> Tensor:
+    """a b in float32: half precision would overflow, and float32 inputs would be slow."""
+    if target.backend == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _index(weight: Weight) -> Weight:
