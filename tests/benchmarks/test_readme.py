@@ -44,12 +44,12 @@ def test_perplexities_stand_beside_the_originals_of_the_same_run() -> None:
 def test_weights_of_two_layers_stand_for_all() -> None:
     ends = 2 * 32000 * 4096 * 2
     row = dict.fromkeys(("peak", "adapters", "gradients", "optimizer", "rest"), 5_000_000)
-    row |= {"shapes": "llama-7b", "base": "lowra 2", "weights": ends + 100_000_000}
+    row |= {"shapes": "llama-7b", "base": "lowra 2", "weights": ends + 100_000_000, "seconds": 6.03}
     data = {"environment": {"date": "2026-11-25"}, "tokens": 512, "rank": 16, "rows": [row]}
     told = list(memory(data))[-1]
     whole = (ends + 16 * 100_000_000) / 1e6
     assert told.startswith("| Llama-2-7B, 2 layers | lowra 2 | 5 | 624 |")
-    assert told.endswith(f"| {whole:,.0f} |")
+    assert told.endswith(f"| {whole:,.0f} | 6.0 |")
 
 
 def test_rows_of_gsm8k_have_a_table_of_their_own() -> None:
