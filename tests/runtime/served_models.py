@@ -31,6 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 
+CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
+"""How far logits computed in another order may be off."""
+
 
 def _vera(model: nn.Module) -> peft.PeftModel:
     config = peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj"], d_initial=0.3)

@@ -20,7 +20,7 @@ from lowra.runtime.trained_adapter import (
     new_adapter,
     save_trained,
 )
-from tests.runtime.served_models import ids_of, llama, run, wrapped
+from tests.runtime.served_models import CLOSE, ids_of, llama, run, wrapped
 
 TARGETS = ("*q_proj", "*down_proj")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multi-lora": {"rank": 2, "count": 2},
 }
 RATES = {"lora-xs": 0.5, "nola": 0.02, "multi-lora": 0.05}
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 
 
 def trained(kind: str, steps: int = 6) -> tuple[TrainedAdapter, list[float]]:

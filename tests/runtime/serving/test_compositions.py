@@ -16,6 +16,7 @@ from lowra.runtime.serving.index import INSTRUCTION, AdapterIndex
 from lowra.runtime.serving.pool import AdapterPool
 from tests.runtime.compiled_models import end_to_end
 from tests.runtime.served_models import (
+    CLOSE,
     alone,
     biased_llama,
     ids_of,
@@ -24,8 +25,6 @@ from tests.runtime.served_models import (
     pool_of,
     run,
 )  # fmt: skip
-
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 
 
 def test_an_ensemble_is_every_adapter_on_every_sequence() -> None:

@@ -12,9 +12,7 @@ import torch
 
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.trained_adapter import TrainedAdapter, new_adapter
-from tests.runtime.served_models import ids_of, llama, pool_of, run
-
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
+from tests.runtime.served_models import CLOSE, ids_of, llama, pool_of, run
 
 
 def trained() -> TrainedAdapter:

@@ -18,6 +18,7 @@ from tests.runtime.compiled_models import end_to_end, low_llama, output
 from tests.runtime.peft_models import adapted, own, saved
 from tests.runtime.served_models import (
     ALL,
+    CLOSE,
     alone,
     biased_llama,
     folder,
@@ -27,8 +28,6 @@ from tests.runtime.served_models import (
     pool_of,
     run,
 )  # fmt: skip
-
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -22,9 +22,7 @@ from lowra.runtime.serving.sources import Facts, PackedFolder
 from tests.adapters.adapters import peft_folder
 from tests.runtime.compiled_models import low_llama
 from tests.runtime.peft_models import config, own
-from tests.runtime.served_models import alone, folder, ids_of, llama, pool_of, run
-
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
+from tests.runtime.served_models import CLOSE, alone, folder, ids_of, llama, pool_of, run
 
 
 def test_a_prefetch_that_fails_raises_where_it_is_used(tmp_path: Path) -> None:

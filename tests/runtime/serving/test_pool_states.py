@@ -15,11 +15,10 @@ from torch import Tensor
 
 from lowra.compiler.errors import AdapterError
 from lowra.runtime.module_view import quantized_linears
-from tests.runtime.served_models import folder, llama, pool_of
+from tests.runtime.served_models import CLOSE, folder, llama, pool_of
 
 KINDS = ("lora", "rslora", "dora", "vera", "packed-lora", "packed-wide")
 PAGES, PAGE_BYTES = 12, 1024
-CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 
 Choice = str | dict[str, float] | None
 names = st.sampled_from(["a", "b", "c", "d", "e"])
