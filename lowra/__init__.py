@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         save,
         save_adapter,
     )
-    from lowra.backends.cpu.activations import get_activations, set_activations
+    from lowra.backends.activations import get_activations, set_activations
     from lowra.compiler.half_products import half_products
     from lowra.recipe import Recipe
     from lowra.runtime.serving.pool import AdapterPool
@@ -62,9 +62,9 @@ _HOMES = {
     "load": "lowra.api",
     "export": "lowra.api",
     "finetune": "lowra.workflows.finetune",
-    "get_activations": "lowra.backends.cpu.activations",
+    "get_activations": "lowra.backends.activations",
     "half_products": "lowra.compiler.half_products",
-    "set_activations": "lowra.backends.cpu.activations",
+    "set_activations": "lowra.backends.activations",
     "save_adapter": "lowra.api",
     "load_adapter": "lowra.api",
     "merge_adapter": "lowra.api",

@@ -22,7 +22,9 @@ from torch.nn import functional
 
 from benchmarks.results_file import write_results
 from benchmarks.speed.gpu_kernels import refuse_replaced, require_kernels
+from lowra.backends.activations import activations
 from lowra.backends.triton import linear, schedule, service
+from lowra.backends.triton.integer import MOST_FINE_TOKENS, MOST_TOKENS
 from lowra.backends.triton.tuning import entry_of
 from lowra.compiler.storage import UNROTATED
 from lowra.workflows.bench import random_weight
@@ -30,6 +32,7 @@ from lowra.workflows.gpu_timing import COLD_BYTES, Run, device_copies, seconds_o
 from lowra.workflows.tune_kernels import candidates, run_of
 
 RANK = 16
+KINDS_OF_X = ("int8", "int16")
 SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
     ("4 bits", 8192, 8192, (4,)), ("3 bits", 8192, 8192, (3,)), ("2 bits", 8192, 8192, (2,)),
     ("1 bit", 8192, 8192, (1,)), ("1.5 bits mixed", 28672, 4096, (2, 1)),
@@ -100,6 +103,11 @@ def measured(
             ),
             "dense": (lambda i, x=x: functional.linear(x, dense[i % len(dense)]), len(dense)),
         }  # fmt: skip
+        for kind, most in zip(KINDS_OF_X, (MOST_TOKENS, MOST_FINE_TOKENS), strict=True):
+            if m <= most:
+                runs[kind] = (in_integers(kind, runs["lowra"][0]), len(plain))
+                runs[f"{kind}_rotated"] = (in_integers(kind, runs["rotated"][0]), len(turned))
+                runs[f"{kind}_lora"] = (in_integers(kind, runs["lora"][0]), len(plain))
         best = seconds_of(runs)
         refuse_replaced()
         yield {
@@ -107,7 +115,18 @@ def measured(
             **{f"{what}_us": 1e6 * seconds for what, seconds in best.items()},
             "ratio": best["dense"] / best["lowra"], "gb_per_s": size / best["lowra"] / 1e9,
             "lora_over_plain": best["lora"] / best["lowra"],
+            **{f"{kind}_ratio": best["dense"] / best[kind] for kind in best if kind in KINDS_OF_X},
         }  # fmt: skip
+
+
+def in_integers(kind: str, run: Run) -> Run:
+    """The same product where activations may be read as integers."""
+
+    def within(i: int) -> Any:
+        with activations(kind):
+            return run(i)
+
+    return within
 
 
 def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Iterator[Row]:

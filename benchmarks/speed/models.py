@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowra.backends.cpu.activations import activations
+from lowra.backends.activations import activations
 from lowra.workflows.bench import alternate, tokens_per_second
 from lowra.workflows.evaluate import evaluate
 from lowra.workflows.models import inference

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowra.backends.cpu.activations import activations
+from lowra.backends.activations import activations
 from lowra.backends.reference import linear as linear_reference
 from lowra.compiler.ops import linear
 from lowra.compiler.packing import TERNARY

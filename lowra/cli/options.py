@@ -191,9 +191,9 @@ def _width(text: str) -> float | None:
 
 def reading(activations: Activations | None) -> AbstractContextManager[None]:
     """Products read activations as the option says for as long as the block runs."""
-    from lowra.backends.cpu import activations as cpu
+    from lowra.backends import activations as backends
 
-    return cpu.activations(None if activations is None else activations.value)
+    return backends.activations(None if activations is None else activations.value)
 
 
 def read_text(path: Path) -> str:

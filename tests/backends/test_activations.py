@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import lowra
-from lowra.backends.cpu import activations, linear
-from lowra.backends.cpu.activations import SWITCH, activations_for
+from lowra.backends import activations
+from lowra.backends.activations import SWITCHES
+from lowra.backends.cpu import linear
+from lowra.backends.cpu.activations import LARGEST_INTEGER_K, activations_for
 from lowra.backends.cpu.tiers import best_tier
 from lowra.workflows.bench import random_weight
 
@@ -18,7 +20,8 @@ VECTORS = pytest.mark.skipif(not best_tier().vectors, reason="plain C++ reads fl
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(SWITCH, raising=False)
+    for switch in SWITCHES.values():
+        monkeypatch.delenv(switch, raising=False)
     with activations.activations(None):
         yield
 
@@ -29,7 +32,7 @@ def test_the_choice_is_for_halves() -> None:
     lowra.set_activations("int8")
     assert activations_for(torch.float16, 576) == lowra.get_activations() == "int8"
     assert activations_for(torch.float32, 576) == "float32"
-    assert activations_for(torch.bfloat16, activations.LARGEST_INTEGER_K + 1) == "float32"
+    assert activations_for(torch.bfloat16, LARGEST_INTEGER_K + 1) == "float32"
 
 
 def test_a_block_ends_with_what_was_before() -> None:
@@ -39,11 +42,16 @@ def test_a_block_ends_with_what_was_before() -> None:
     assert lowra.get_activations() == "float32"
 
 
-def test_the_environment_chooses_until_someone_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "float32")
-    assert lowra.get_activations() == "float32"
+@pytest.mark.parametrize(("device", "usual"), [("cpu", "int16"), ("cuda", "bfloat16")])
+def test_the_environment_chooses_until_someone_does(
+    device: str, usual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lowra.get_activations(device) == usual
+    activations.get_activations.cache_clear()
+    monkeypatch.setenv(SWITCHES[device], "float32")
+    assert lowra.get_activations(device) == "float32"
     lowra.set_activations("int8")
-    assert lowra.get_activations() == "int8"
+    assert lowra.get_activations("cpu") == lowra.get_activations("cuda") == "int8"
 
 
 @pytest.mark.parametrize("kind", ["int4", "INT8", ""])
@@ -51,7 +59,8 @@ def test_another_kind_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(lowra.LowraError, match="int16, int8, bfloat16, float32"):
         lowra.set_activations(kind)
     assert lowra.get_activations() == "int16"
-    monkeypatch.setenv(SWITCH, kind or "no")
+    activations.get_activations.cache_clear()
+    monkeypatch.setenv(SWITCHES["cpu"], kind or "no")
     with pytest.raises(lowra.LowraError, match="is no type of activations"):
         lowra.get_activations()
 

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import lowra
+from lowra.backends.activations import activations
 from lowra.backends.reference import feedback
-from lowra.backends.triton import service, tuning
+from lowra.backends.reference.integers import integer_product
+from lowra.backends.triton import integer, service, tuning
+from lowra.backends.triton.weight import weight_of
 from lowra.compiler.offload import offload
+from lowra.compiler.rotation import rotate
 from lowra.workflows.bench import random_weight
 from lowra.workflows.tune_kernels import tune
 from tests import models
@@ -61,14 +65,49 @@ def test_products_on_a_device_equal_float64() -> None:
                 assert float((y.cpu().double() - want).norm() / want.norm()) < limit
 
 
-def test_a_product_on_a_device_is_the_same_every_time() -> None:
+def test_products_in_integers_on_a_device_equal_float64_of_the_same_integers() -> None:
+    """Through the op with an adapter, rotated; then without, to the integers themselves."""
+    for kind, tokens, limit in (("int8", (1, 2, 3, 4), 3e-2), ("int16", (1, 2), 1e-2)):
+        for m in tokens:
+            for shape in (
+                Shape(300, 1344, (2,)), Shape(5000, 4096, (1, 2, 3, 4, 9), block=4096),
+                Shape(130, 8192, (2, 9), -1, False), Shape(9000, 1344, (1, 4)),
+            ):  # fmt: skip
+                packed = packed_of(shape)
+                arguments_ = [
+                    a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()
+                ]
+                x = torch.randn(m, shape.k).bfloat16()
+                a, b = torch.randn(16, shape.k) / 64, torch.randn(shape.n, 16)
+                a, b = a.bfloat16(), b.bfloat16()
+                with activations(kind):
+                    y = torch.ops.lowra.quantized_linear_lora(
+                        x.cuda(), *arguments_, None, a.cuda(), b.cuda(), 0.5
+                    )
+                dense = packed.dequantize(torch.float64)
+                want = x.double() @ (dense + 0.5 * b.double() @ a.double()).T
+                assert float((y.cpu().double() - want).norm() / want.norm()) < limit
+                target = service.target_of(y.device)
+                assert target is not None
+                fine = kind == "int16"
+                turned = rotate(x.float(), packed.rotation).bfloat16()
+                got = integer.product(
+                    turned.cuda(), weight_of((*arguments_,)), fine, target, None
+                )  # fmt: skip
+                want = integer_product(x, packed.op_args(), fine)
+                assert float((got.cpu().double() - want).norm() / want.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_product_on_a_device_is_the_same_every_time(kind: str) -> None:
     """Races would show as bits that change."""
-    packed = packed_of(Shape(8192, 8192, (1, 2, 4, 9)))
+    packed = packed_of(Shape(1024, 8192, (1, 2, 4, 9)))
     arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
     x = torch.randn(3, 8192, device="cuda", dtype=torch.bfloat16)
-    first = torch.ops.lowra.quantized_linear(x, *arguments_, None)
-    for _ in range(1000):
-        assert torch.equal(torch.ops.lowra.quantized_linear(x, *arguments_, None), first)
+    with activations(kind):
+        first = torch.ops.lowra.quantized_linear(x, *arguments_, None)
+        for _ in range(1000):
+            assert torch.equal(torch.ops.lowra.quantized_linear(x, *arguments_, None), first)
 
 
 def test_graphs_replayed_in_another_order_and_at_once_give_their_own_products() -> None:

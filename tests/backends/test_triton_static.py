@@ -16,15 +16,17 @@ from lowra.backends.triton.keys import (
     Blocks,
     ExpandKey,
     GatherKey,
+    IntegerKey,
     Key,
     LinearKey,
+    QuantizeKey,
     RotateKey,
     ShrinkKey,
     ValuesKey,
     weight_key,
 )
 from lowra.backends.triton.rounding import rounding_key
-from lowra.backends.triton.schedule import blocks_of, linear_blocks, values_blocks
+from lowra.backends.triton.schedule import blocks_of, integer_choice, linear_blocks, values_blocks
 from lowra.backends.triton.static import (
     Machine,
     Static,
@@ -45,6 +47,8 @@ BUDGET = {1: (2.4, 1.3), 2: (2.6, 1.45), 3: (2.8, 1.85), 4: (4.2, 3.0), 9: (4.6,
 """By width: instructions per weight at 16 tokens on sm90, and those of them for the ALU."""
 ONE_TOKEN = {1: (2.4, 1.3), 2: (3.3, 1.45), 3: (3.0, 1.85), 4: (4.4, 3.0), 9: (4.6, 2.2)}
 """The same at one token: above BUDGET at 2, 3 and 4 bits, and faster on an H200 all the same."""
+INTEGERS = {1: (1.0, 0.6), 2: (1.25, 0.7), 3: (2.4, 1.3), 4: (2.45, 1.6), 9: (2.6, 1.15)}
+"""The same of products in 8-bit integers, of one token."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,6 +104,50 @@ def test_instructions_per_weight_stay_in_their_budget(
     assert sum(n for op, n in loop.items() if op.split(".")[0] in ALU) / weights <= alu
     assert no_spills(machine(key)) and machine(key).registers <= 255
     assert any(op.startswith("HGMMA") for op in loop)
+
+
+def in_integers(target: Target, panels: list[int], m: int, fine: bool, rank: int) -> IntegerKey:
+    """A product in integers, as `integer.product` would choose it for many rows."""
+    blocks = integer_choice((*panels,), 10240, m, fine, 132).blocks
+    assert blocks is not None
+    weight = weight_key(panels, 10240, -1, False, len(panels) > 2)
+    return IntegerKey(
+        target, weight, "bfloat16", blocks, fine, rank, False, fine, target.overlaps
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", INTEGERS)
+def test_instructions_per_weight_in_integers(width: int) -> None:
+    """And nothing passes through shared memory on the way; words and tokens are loaded by 16
+    bytes (what is not, are steps, and the upper plane of 3 bits)."""
+    key = in_integers(SM90, [width, 8192], 1, False, 0)
+    code = machine(key)
+    loop = max(loop_instructions(code), key=lambda counts: sum(counts.values()))
+    in_a_word = 20 if width == 9 else 32 // (2 if width == 3 else width)
+    weights = key.blocks.stages * key.blocks.rows * 64 * in_a_word / (32 * key.blocks.warps)
+    whole, alu = INTEGERS[width]
+    assert sum(loop.values()) / weights <= whole
+    assert sum(n for op, n in loop.items() if op.split(".")[0] in ALU) / weights <= alu
+    products = sum(n for op, n in loop.items() if op.startswith("IDP.4A"))
+    assert products * 4 == weights * (2 if width == 9 else 1)
+    assert no_spills(code) and not [op for op in loop if op.startswith(("STS", "LDS", "SHFL"))]
+    wide = sum(n for op, n in loop.items() if op.startswith("LDG") and op.endswith(".128"))
+    others = sum(n for op, n in loop.items() if op.startswith("LDG") and not op.endswith(".128"))
+    assert wide >= others or width == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "m", "fine"), [("sm80", 4, False), ("sm90", 2, True), ("sm100", 4, False)]
+)
+def test_integers_of_mixed_widths_compile_everywhere(target: str, m: int, fine: bool) -> None:
+    key = in_integers(BY_NAME[target], [4, 2048, 2, 4096, 9, 2048], m, fine, 16)
+    ahead = QuantizeKey(BY_NAME[target], "bfloat16", (2, 4, 9), fine, BY_NAME[target].overlaps)
+    for one in (key, ahead):
+        assert no_spills(machine(one)) and compiled(one).shared_bytes <= 4096
+    overlaps = BY_NAME[target].overlaps
+    assert ("griddepcontrol.wait" in compiled(key).texts["ptx"]) == overlaps
+    assert ("griddepcontrol.launch_dependents" in compiled(ahead).texts["ptx"]) == overlaps
+    assert "dp4a.s32.s32" in compiled(key).texts["ptx"]
 
 
 def shipped() -> list[LinearKey]:

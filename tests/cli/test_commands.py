@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from lowra.backends.cpu.activations import CHOICES, get_activations
+from lowra.backends.activations import CHOICES, get_activations
 from lowra.cli.advanced import ADVANCED
 from lowra.cli.options import Activations, Dtype, Preset, Tune, Unit
 from lowra.cli.output import Output

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from lowra.backends.triton.emit_adapters import PAGES, READ, expand_body, gather_body
 from lowra.backends.triton.emit_inputs import rotate_body, shrink_body
+from lowra.backends.triton.emit_integer import integer_body
+from lowra.backends.triton.emit_levels import quantize_body
 from lowra.backends.triton.emit_linear import linear_body, linear_reading
 from lowra.backends.triton.emit_rounding import rounding_body
 from lowra.backends.triton.emit_values import values_body, values_reading
+from lowra.backends.triton.integer_codes import integer_functions
 from lowra.backends.triton.keys import (
     TERNARY_ID,
     ExpandKey,
     GatherKey,
+    IntegerKey,
     Key,
     LinearKey,
+    QuantizeKey,
     RotateKey,
     RoundKey,
     ShrinkKey,
@@ -39,6 +44,8 @@ def emit(key: Key) -> str:
             look_up_source(panel.width, key.weight.own, "float16")
             for panel in key.weight.panels if not values_reading(key, panel.width).exact
         ]  # fmt: skip
+    if isinstance(key, IntegerKey):
+        parts += integer_functions(key)
     if isinstance(key, GatherKey | ExpandKey):
         parts.append(READ.strip())
     signature = "\n".join(f"    {name}," for name in arguments(key))
@@ -52,6 +59,10 @@ def _body(key: Key) -> list[str]:
     match key:
         case LinearKey():
             return linear_body(key)
+        case IntegerKey():
+            return integer_body(key)
+        case QuantizeKey():
+            return quantize_body(key)
         case ValuesKey():
             return values_body(key)
         case ShrinkKey():
@@ -72,6 +83,8 @@ def arguments(key: Key) -> list[str]:
         return [*_packed(key.weight), "out", "n", "k", "first_column", "last_column"]
     if isinstance(key, RotateKey):
         return ["x", "signs", "out", "k"]
+    if isinstance(key, QuantizeKey):
+        return ["x", "level_bytes", "steps", "sums", "k", "line"]
     if isinstance(key, ShrinkKey):
         return ["x", "lora_a", "partial", "counters", "hidden", "m", "k", "rank"]
     if isinstance(key, GatherKey):
@@ -89,11 +102,14 @@ def arguments(key: Key) -> list[str]:
         *(["partial", "counters"] if key.split else []),
     ]  # fmt: skip
     numbers = ["m", "n", "k", *(["rank", "scaling"] if key.rank else [])]
+    if isinstance(key, IntegerKey):
+        packed = _packed(key.weight, by_words=True)
+        return ["level_words", "steps", "sums", *packed, *tensors, "y", *numbers, "line"]
     return ["x", *_packed(key.weight), *tensors, "y", *numbers]
 
 
-def _packed(weight: WeightKey) -> list[str]:
-    ternary = [panel.width == TERNARY_ID for panel in weight.panels]
+def _packed(weight: WeightKey, by_words: bool = False) -> list[str]:
+    ternary = [panel.width == TERNARY_ID and not by_words for panel in weight.panels]
     return [
         *([] if all(ternary) else ["codes"]), *(["code_bytes"] if any(ternary) else []), "books",
         *(["scales"] if weight.group else []), *(["order"] if weight.permuted else []), "tiles",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowra.backends.triton.keys import TERNARY_ID, Blocks, LinearKey, PanelKey
+from lowra.backends.triton.keys import TERNARY_ID, Blocks, IntegerKey, LinearKey, PanelKey
 from lowra.backends.triton.tables import descriptor_lines, table_lines
 from lowra.backends.triton.tiles import (
     Block,
@@ -11,15 +11,18 @@ from lowra.backends.triton.tiles import (
     indented,
     row_setup,
     shares_scale,
+    summed,
     tile_lines,
 )
+
+FEWEST_OF_A_DOT = 16
 
 
 def linear_reading(key: LinearKey) -> Reading:
     return Reading(key.target, key.weight, product_dtype(key), key.blocks.rows, key.blocks.warps)
 
 
-def product_dtype(key: LinearKey) -> str:
+def product_dtype(key: LinearKey | IntegerKey) -> str:
     """In what operands are multiplied: the interpreter computes nothing in bfloat16."""
     return key.dtype if key.target.backend else "float32"
 
@@ -40,8 +43,8 @@ def linear_body(key: LinearKey) -> list[str]:
     for i, panel in enumerate(key.weight.panels):
         lines.append(f"{'elif' if i else 'if'} width == {panel.width}:")
         lines += indented(_panel(key, panel))
-    epilogue = _epilogue(key)
-    return lines + (sum_of_parts(blocks, epilogue) if key.split else epilogue)
+    then = epilogue(key)
+    return lines + (sum_of_parts(blocks, then) if key.split else then)
 
 
 def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
@@ -86,7 +89,7 @@ def _multiply(key: LinearKey, width: int, block: Block) -> list[str]:
     ]
 
 
-def _dot(key: LinearKey, a: str, b: str, acc: str = "") -> str:
+def _dot(key: LinearKey | IntegerKey, a: str, b: str, acc: str = "") -> str:
     plus = f", {acc}" if acc else ""
     exact = ', input_precision="ieee"' if product_dtype(key) == "float32" else ""
     return f"tl.dot({a}, {b}{plus}{exact})"
@@ -117,7 +120,8 @@ def sum_of_parts(blocks: Blocks, then: list[str]) -> list[str]:
     ]
 
 
-def _epilogue(key: LinearKey) -> list[str]:
+def epilogue(key: LinearKey | IntegerKey) -> list[str]:
+    """To `acc` [rows, tokens] row scales, bias and factors; then out through the row order."""
     rows, weight = key.blocks.rows, key.weight
     out = "tl.load(order + stored + rn)" if weight.permuted else "stored + rn"
     lines = [f"row = {out}", f"live = (tl.arange(0, {rows}) < rows) & (row >= 0) & (row < n)"]
@@ -134,7 +138,12 @@ def _epilogue(key: LinearKey) -> list[str]:
     ]
 
 
-def _factors(key: LinearKey) -> list[str]:
+def _factors(key: LinearKey | IntegerKey) -> list[str]:
+    if key.blocks.tokens < FEWEST_OF_A_DOT:
+        product = summed("low[:, None, :].to(tl.float32) * tl.trans(h)[None, :, :]", 2)
+    else:
+        product = _dot(key, "low", "h")
+    waits = key.waits and isinstance(key, LinearKey)
     hidden = (
         "tl.load(hidden + rm[None, :] * rank + r[:, None], mask=some & token[None, :], other=0.0)"
     )
@@ -142,10 +151,10 @@ def _factors(key: LinearKey) -> list[str]:
         "tl.load(lora_b + row[:, None] * rank + r[None, :], mask=few & live[:, None], other=0.0)"
     )
     return [
-        *(["tl.extra.cuda.gdc_wait()  # h is complete"] if key.waits else []),
+        *(["tl.extra.cuda.gdc_wait()  # h is complete"] if waits else []),
         f"r = tl.arange(0, {key.rank})",
         "some, few = (r < rank)[:, None], (r < rank)[None, :]",
         f"h = {hidden}.to(tl.{product_dtype(key)})",
         f"low = {factor}.to(tl.{product_dtype(key)})",
-        f"acc += scaling * {_dot(key, 'low', 'h')}",
+        f"acc += scaling * {product}",
     ]

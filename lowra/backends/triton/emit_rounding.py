@@ -8,7 +8,7 @@ program takes rows, which know nothing of each other. Matrices of columns and ro
 from __future__ import annotations
 
 from lowra.backends.triton.keys import RoundKey
-from lowra.backends.triton.tiles import indented
+from lowra.backends.triton.tiles import indented, summed
 
 PANEL = 64
 
@@ -41,7 +41,7 @@ def _column(key: RoundKey) -> list[str]:
         "effects = tl.load(matrix + column * k + first + j, mask=j < i, other=0.0)",
         "own = tl.load(matrix + column * k + column)",
         "v = tl.load(given + at, mask=row, other=0.0)",
-        f"v -= {_summed('changed * effects[None, :]')}",
+        f"v -= {summed('changed * effects[None, :]', 1)}",
     ]
     if key.descends:
         lines += ["before = tl.load(values + at, mask=row, other=0.0)", "v = before + v / own"]
@@ -52,7 +52,7 @@ def _column(key: RoundKey) -> list[str]:
     scaled = " * scale" if key.scaled else ""
     return [
         *lines,
-        f"code = {_summed(f'({wanted}[:, None] > thresholds).to(tl.int32)')}",
+        f"code = {summed(f'({wanted}[:, None] > thresholds).to(tl.int32)', 1)}",
         f"level = tl.load(table + code, mask=row, other=0.0){scaled}",
         "change = level - before" if key.descends else "change = (v - level) / own",
         *(["tl.store(values + at, level, mask=row)"] if key.descends else []),
@@ -60,8 +60,3 @@ def _column(key: RoundKey) -> list[str]:
         "tl.store(changes + i * n + rn, change, mask=row)",
         "changed = tl.where(j[None, :] == i, change[:, None], changed)",
     ]
-
-
-def _summed(text: str) -> str:
-    """Over columns. tl.sum itself is none of the functions that the interpreter runs."""
-    return f"tl.reduce({text}, 1, tl.standard._sum_combine)"

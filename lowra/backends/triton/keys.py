@@ -90,6 +90,63 @@ class LinearKey:
 
 
 @dataclass(frozen=True)
+class IntegerKey:
+    """LinearKey's product for a few tokens whose x are integers, as `QuantizeKey` leaves them; see
+    emit_integer.py.
+
+    dtype: of y. fine: a second integer per value of x and of the codebooks, for 15 bits in all.
+    """
+
+    target: Target
+    weight: WeightKey
+    dtype: str
+    blocks: Blocks
+    fine: bool
+    rank: int = 0
+    bias: bool = False
+    split: bool = False
+    waits: bool = False
+
+    @property
+    def name(self) -> str:
+        b = self.blocks
+        extra = [
+            *([f"r{self.rank}"] if self.rank else []), *(["bias"] if self.bias else []),
+            *(["split"] if self.split else []), *(["waits"] if self.waits else []),
+        ]  # fmt: skip
+        what = "int16" if self.fine else "int8"
+        sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
+        return "-".join([what, self.target.name, self.dtype, self.weight.text, *extra, sizes])
+
+
+@dataclass(frozen=True)
+class QuantizeKey:
+    """x as integers and a step per 1280 columns, once in each of `orders`; see emit_levels.py.
+
+    orders: width ids, each naming the order in which the words of such rows meet x. fine: see
+    IntegerKey. signals: the kernel behind this one may start before it has ended.
+    """
+
+    target: Target
+    dtype: str
+    orders: tuple[int, ...]
+    fine: bool
+    signals: bool = False
+    warps: int = 4
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(1, 1, self.warps, 1)
+
+    @property
+    def name(self) -> str:
+        what = "quantize16" if self.fine else "quantize8"
+        signals = ["signals"] if self.signals else []
+        orders = "o" + "".join(map(str, self.orders))
+        return "-".join([what, self.target.name, self.dtype, orders, *signals])
+
+
+@dataclass(frozen=True)
 class ValuesKey:
     """The values of W, a tile of columns per program, to a dense matrix of `dtype`."""
 
@@ -197,7 +254,10 @@ def _of_adapters(what: str, target: Target, dtype: str, blocks: Blocks) -> str:
     return f"{what}-{target.name}-{dtype}-{blocks.tokens}w{blocks.warps}s{blocks.stages}"
 
 
-Key = LinearKey | ValuesKey | ShrinkKey | RotateKey | GatherKey | ExpandKey | RoundKey
+Key = (
+    LinearKey | IntegerKey | QuantizeKey | ValuesKey | ShrinkKey | RotateKey | GatherKey
+    | ExpandKey | RoundKey
+)  # fmt: skip
 
 
 def weight_key(panels: list[int], k: int, group: int, own: bool, permuted: bool) -> WeightKey:

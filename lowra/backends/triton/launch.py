@@ -75,7 +75,7 @@ def product(
     if factors is not None:
         given |= {"hidden": factors[0], "lora_b": factors[1], "scaling": factors[2], "rank": rank}
     if grid[2] > 1:
-        given |= _workspace("product", grid[0] * grid[1], grid[2], launcher.key.blocks, device)
+        given |= room_for_sums("product", grid[0] * grid[1], grid[2], launcher.key.blocks, device)
     run(launcher, grid, given)
     return y
 
@@ -105,7 +105,7 @@ def shrink(x: Tensor, a: Tensor, target: Target) -> Tensor:
     launcher, tokens, parts = _shrinking(m, k, rank, x.dtype, a.dtype, target, device)
     given = {"x": x, "lora_a": a, "hidden": hidden, "m": m, "k": k, "rank": rank}
     # Not the room of the product behind it, which may run at the same time.
-    given |= _workspace("shrink", tokens, parts, launcher.key.blocks, device)
+    given |= room_for_sums("shrink", tokens, parts, launcher.key.blocks, device)
     run(launcher, (1, tokens, parts), given)
     return hidden
 
@@ -226,8 +226,9 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 _HERE = nullcontext()
 
 
-def _workspace(
+def room_for_sums(
     what: str, places: int, parts: int, blocks: Blocks, device: torch.device
 ) -> dict[str, Tensor]:
+    """Of `parts` programs at each of `places`: arguments of kernels that split their columns."""
     sums, counters = workspace(what, places, places * parts * blocks.rows * blocks.tokens, device)
     return {"partial": sums, "counters": counters}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowra.backends.activations import get_activations
 from lowra.backends.reference import linear as reference
-from lowra.backends.triton import launch
+from lowra.backends.triton import integer, launch
 from lowra.backends.triton.keys import TERNARY_ID
 from lowra.backends.triton.schedule import MOST_FUSED_RANK, UNPACKED, Choice
 from lowra.backends.triton.service import (
@@ -69,12 +70,16 @@ def product(
     factors: tuple[Tensor, Tensor, float] | None, choice: Choice | None = None,
 ) -> Tensor:  # fmt: skip
     """y = x W' + bias + scaling (x A') B' by the kernels: as `choice` says; or the best way known,
-    and from an unpacked W where its kernel fails."""
+    and from an unpacked W where its kernel fails. Where the user allows integers, few tokens are
+    read as such."""
     rows = x.reshape(-1, weight.k).contiguous()
     turned = launch.rotated(rows, Rotation(*packed[7:9]), target)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     if choice is not None:
         y = _by_choice(choice, rows, turned, weight, target, bias, factors)
+        return y.view(*x.shape[:-1], weight.n)
+    y = _in_integers(rows, turned, weight, target, bias, factors)
+    if y is not None:
         return y.view(*x.shape[:-1], weight.n)
     rank = 0 if factors is None else factors[0].shape[0]
     best = choice_for(weight, rows.shape[0], x.dtype, rank, target, x.device)
@@ -86,6 +91,26 @@ def product(
         replace_from_now(error)
         y = _by_choice(UNPACKED, rows, turned, weight, target, bias, factors)
     return y.view(*x.shape[:-1], weight.n)
+
+
+def _in_integers(
+    rows: Tensor, turned: Tensor, weight: Weight, target: Target, bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None,
+) -> Tensor | None:  # fmt: skip
+    """The product where x may be read as integers and a kernel does; else None."""
+    kind = get_activations("cuda") if rows.dtype != torch.float32 else "float32"
+    if not kind.startswith("int"):
+        return None
+    rank, fine = 0 if factors is None else factors[0].shape[0], kind == "int16"
+    takes = integer.takes(weight.key, weight.k, rows.shape[0], fine, target)
+    if not takes or rank > MOST_FUSED_RANK:
+        return None
+    try:
+        made, _ = _factors(rows, factors, target)
+        return integer.product(turned, weight, fine, target, bias, made)
+    except KernelError as error:
+        replace_from_now(error)
+        return None
 
 
 def _by_choice(

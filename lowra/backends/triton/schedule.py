@@ -19,6 +19,8 @@ MANY_TOKENS = 64
 """Up to here a fused product with few programs is as fast as unpacking."""
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
+INTEGER_PART = 2048
+"""Columns of such a part in integers: 64 words of one bit."""
 MUCH_SHARED = 160 << 10
 MOST_FUSED_RANK = 128
 """Factors of a larger rank have no room behind a product of many tokens: torch adds them."""
@@ -99,6 +101,15 @@ def unpacks(
     tiles, token_tiles = tiles_of(panels, m, blocks_of(weight, panels, m, dtype, target))
     few = m > MANY_TOKENS and 2 * tiles * token_tiles <= processors
     return few or m > MOST_FUSED
+
+
+def integer_choice(panels: tuple[int, ...], k: int, m: int, fine: bool, processors: int) -> Choice:
+    """Of a product of a few tokens in integers: few rows to a program, and as many words in flight
+    as registers hold beside all sums. Nothing of it was measured."""
+    blocks = Blocks(16, 1 << (m - 1).bit_length(), 4, 2 if m == 1 and not fine else 1)
+    tiles, _ = tiles_of(panels, m, blocks)
+    wanted = -(-processors * PROGRAMS_PER_PROCESSOR // max(1, tiles))
+    return Choice(blocks, max(1, min(wanted, k // INTEGER_PART)))
 
 
 def values_blocks() -> Blocks:

@@ -20,9 +20,10 @@ POINTERS = {
     "tiles": "*i32", "partial": "*fp32", "counters": "*i32", "signs": "*fp32", "pages": "*i32",
     "page_bytes": "*u8", "halves": "*fp16", "brains": "*bf16", "floats": "*fp32", "tables": "*fp32",
     "chunks": "*i32", "bounds": "*i32", "scalings": "*fp32", "slots": "*i32", "weights": "*fp32",
+    "level_words": "*i32", "level_bytes": "*i8", "steps": "*fp32", "sums": "*fp32",
 }  # fmt: skip
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-ALIGNED_NUMBERS = ("n", "k", "first_column", "last_column")
+ALIGNED_NUMBERS = ("n", "k", "first_column", "last_column", "line")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 

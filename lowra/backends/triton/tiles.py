@@ -49,6 +49,15 @@ def indented(lines: list[str], by: int = 1) -> list[str]:
     return ["    " * by + line for line in lines]
 
 
+def summed(text: str, axis: int) -> str:
+    """tl.sum itself is none of the functions that the interpreter runs, nor is tl.max."""
+    return f"tl.reduce({text}, {axis}, tl.standard._sum_combine)"
+
+
+def largest(text: str, axis: int) -> str:
+    return f"tl.reduce({text}, {axis}, tl.standard._elementwise_max)"
+
+
 def field_words(width: int) -> int:
     """Words of a plane's full tile, and columns that a field of them covers."""
     return 8 * FORMATS[width].planes[0]
@@ -110,7 +119,7 @@ def tile_lines(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> list[
     return list(_octets(reading, panel, tail, use))
 
 
-def _hinted(offset: str, aligned: int, contiguous: int) -> str:
+def hinted(offset: str, aligned: int, contiguous: int) -> str:
     if aligned == 1:
         return offset
     return f"tl.max_contiguous(tl.multiple_of({offset}, (1, {aligned})), (1, {contiguous}))"
@@ -133,10 +142,10 @@ def _octets(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator
 def _full_words(panel: PanelKey, octet: int) -> list[str]:
     size = field_words(panel.width)
     words = f"line0 + (t * {size} + {8 * octet} + tl.arange(0, 8))[None, :]"
-    lines = [f"w = {_load('codes + ' + _hinted(words, min(2, panel.aligned), 8))}"]
+    lines = [f"w = {_load('codes + ' + hinted(words, min(2, panel.aligned), 8))}"]
     if panel.width == 3:
         # Field f of word v of the upper plane stands beside field f / 2 of word 8 (f % 2) + v.
-        place = _hinted("line1 + (t * 8 + tl.arange(0, 8))[None, :]", min(2, panel.aligned), 8)
+        place = hinted("line1 + (t * 8 + tl.arange(0, 8))[None, :]", min(2, panel.aligned), 8)
         lines.append(f"h = {_load(f'codes + {place}')}" if octet == 0 else "h = h >> 1")
     return lines
 
@@ -204,21 +213,22 @@ def planar(fields: list[str], reading: Reading, words: int) -> str:
         return fields[0]
     depth = (len(fields) - 1).bit_length()
     shape, order = (reading.rows, words), [0, *range(2, 2 + depth), 1]
-    joined = _joined(fields)
+    values = joined(fields)
     if reading.warps:
         lines = (reading.rows // (16 * reading.warps), 2, reading.warps, 8)
         shape = (*lines, words, *[2] * depth)
-        joined = f"tl.reshape({joined}, {shape})"
+        values = f"tl.reshape({values}, {shape})"
         order = [0, 2, 1, 3, *range(5, 5 + depth), 4]
     columns = words << depth
-    return f"tl.reshape(tl.permute({joined}, {tuple(order)}), ({reading.rows}, {columns}))"
+    return f"tl.reshape(tl.permute({values}, {tuple(order)}), ({reading.rows}, {columns}))"
 
 
-def _joined(names: list[str]) -> str:
-    """The last axis is the lowest bit of a field's number."""
+def joined(names: list[str]) -> str:
+    """Tensors side by side, along new last axes of two each: the last is the lowest bit of a
+    tensor's number."""
     if len(names) == 1:
         return names[0]
-    return f"tl.join({_joined(names[0::2])}, {_joined(names[1::2])})"
+    return f"tl.join({joined(names[0::2])}, {joined(names[1::2])})"
 
 
 def _ternary_tile(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator[str]:
@@ -230,7 +240,7 @@ def _ternary_tile(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> It
         pointer = f"code_bytes + (line + (full * {field} + j)[None, :])"
         yield f"w = {_load(pointer, '(j < short)[None, :]')}"
     else:
-        place = _hinted(f"line + (t * {field} + j)[None, :]", 4 * panel.aligned, field)
+        place = hinted(f"line + (t * {field} + j)[None, :]", 4 * panel.aligned, field)
         yield f"w = {_load(f'code_bytes + {place}')}"
     if reading.permutes(TERNARY_ID):
         yield "v0, v1, v2, v3, v4 = look_up_9(t0, t1, w)"
