@@ -7,6 +7,7 @@ the same names. Every op takes the packed arguments of `PackedWeight.op_args`:
     stored row), panels [width id, rows, ...], k, group, and the input rotation's seed and block.
 
     dequantize             -> W [n, k]
+    embedding              ids int64 [...] -> W[ids] [..., k]
     dequantize_backward    dL/dW [n, k] -> dL/dcodebooks, dL/dscales
     table_gradients        dL/dy [m, n], x [m, k] -> the same, for y = x W'
     quantized_linear       x [..., k] -> x W' + bias
@@ -32,6 +33,7 @@ PACKED = (
 PACKED_COUNT = 9
 LIBRARY = torch.library.Library("lowra", "DEF")
 LIBRARY.define(f"dequantize({PACKED}, ScalarType dtype) -> Tensor")
+LIBRARY.define(f"embedding(Tensor ids, {PACKED}, ScalarType dtype) -> Tensor")
 LIBRARY.define(f"dequantize_backward(Tensor grad, {PACKED}) -> (Tensor, Tensor)")
 LIBRARY.define(f"table_gradients(Tensor grad, Tensor x, {PACKED}) -> (Tensor, Tensor)")
 LIBRARY.define(f"quantized_linear(Tensor x, {PACKED}, Tensor? bias) -> Tensor")
@@ -54,6 +56,11 @@ LINEAR_OPS = ("quantized_linear", "quantized_linear_lora")
 @torch.library.register_fake("lowra::dequantize")
 def _(codes, codebooks, scales, order, panels, k, group, seed, block, dtype):  # type: ignore[no-untyped-def]
     return codebooks.new_empty((order.shape[0], k), dtype=dtype)
+
+
+@torch.library.register_fake("lowra::embedding")
+def _(ids, codes, codebooks, scales, order, panels, k, group, seed, block, dtype):  # type: ignore[no-untyped-def]
+    return codebooks.new_empty((*ids.shape, k), dtype=dtype)
 
 
 @torch.library.register_fake("lowra::dequantize_backward")

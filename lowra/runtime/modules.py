@@ -153,5 +153,14 @@ class QuantizedEmbedding(QuantizedModule):
         self.embed_scale = getattr(source, "embed_scale", None)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = functional.embedding(ids, self.weight)
+        few = ids.numel() * len(self.panels) < self.num_embeddings
+        trains = self.tables is not None and torch.is_grad_enabled()
+        rows = self._rows(ids) if few and not trains else functional.embedding(ids, self.weight)
         return rows if self.embed_scale is None else rows * self.embed_scale
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """The same, of which only those rows are unpacked."""
+        rows = torch.ops.lowra.embedding(ids, *self.packed(), self.dtype)
+        if self.correction_A is None or self.correction_B is None:
+            return rows
+        return rows + self.correction_B.weight.T[ids] @ self.correction_A.weight

@@ -130,11 +130,29 @@ def test_factors_of_another_dtype_are_cast_to_that_of_x() -> None:
     assert_near(y, dense_product(x, dense, bias, a, b, 2.0), x, full)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_rows_of_a_weight_are_those_of_the_whole_to_the_bit(case: Case, dtype: torch.dtype) -> None:
+    packed, _ = packed_with_dense(case)
+    ids = torch.randint(case.n, (2, 3), generator=torch.Generator().manual_seed(case.seed))
+    whole = OPS.dequantize(*packed.op_args(), dtype)
+    rows = OPS.embedding(ids, *packed.op_args(), dtype)
+    assert rows.dtype == dtype and torch.equal(rows, whole[ids])
+    assert OPS.embedding(ids[:0], *packed.op_args(), dtype).shape == (0, 3, case.k)
+
+
+@pytest.mark.parametrize("id", [-1, PLAIN.n])
+def test_an_id_that_is_no_row_is_refused(id: int) -> None:
+    packed, _ = packed_with_dense(PLAIN)
+    with pytest.raises(IndexError):
+        OPS.embedding(torch.tensor([0, id]), *packed.op_args(), torch.float32)
+
+
 # --- the contract of torch.library ----------------------------------------------------------------
 
 
 def op_inputs(case: Case, train: bool) -> dict[str, tuple[Any, ...]]:
-    """Arguments of the four ops; `train` asks for every gradient."""
+    """Arguments of the ops; `train` asks for every gradient."""
     packed, _ = packed_with_dense(case)
     codes, codebooks, scales, *layout = packed.op_args()
     if train:
@@ -145,6 +163,7 @@ def op_inputs(case: Case, train: bool) -> dict[str, tuple[Any, ...]]:
     x = torch.randn(2, 2, case.k, requires_grad=train)
     return {
         "dequantize": (*tables, torch.float32),
+        "embedding": (torch.tensor([[1, 0], [1, 1]]), *packed.op_args(), torch.float32),
         "dequantize_backward": (torch.randn(case.n, case.k), *packed.op_args()),
         "quantized_linear": (x, *tables, bias),
         "quantized_linear_lora": (x, *tables, bias, a, b, 0.5),

@@ -77,6 +77,17 @@ def test_an_embedding_looks_up_rows_of_the_dequantized_weight() -> None:
     assert layer.padding_idx == 1
 
 
+def test_an_embedding_unpacks_no_more_rows_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Case(row_widths=WIDTHS * 8, k=48, group=-1, shared=True, block=16, seed=3)
+    layer = QuantizedEmbedding(packed(wide), torch.bfloat16, nn.Embedding(wide.n, wide.k))
+    ids = torch.tensor([[63, 7, 0]])
+    want = layer.weight[ids]
+    monkeypatch.setattr(QuantizedEmbedding, "_dense", None)
+    assert torch.equal(layer(ids), want)
+    with pytest.raises(TypeError):
+        layer(ids.expand(8, 3))  # as many rows as the weight has, over its five panels
+
+
 def test_an_embedding_keeps_the_factor_of_the_one_it_replaces() -> None:
     source = nn.Embedding(CASE.n, CASE.k)
     source.embed_scale = 3.0

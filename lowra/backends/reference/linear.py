@@ -37,14 +37,14 @@ def _look_up(fields: Tensor, table: Tensor, levels: int, shared: bool) -> Tensor
     return table.view(-1, levels).gather(1, fields.long())
 
 
-def _scale_columns(scales: Tensor, k: int, group: int) -> Tensor:
+def scale_columns(scales: Tensor, k: int, group: int) -> Tensor:
     """scales [rows, groups] as a factor that broadcasts against [rows, k]."""
     if group == ROW_SCALES:
         return scales
     return scales.repeat_interleave(group, dim=1)[:, :k]
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -53,7 +53,7 @@ def stored_rows(
     panels: list[int], k: int, group: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """W [n, k] in original row order, in the rotated input coordinates it is stored in."""
-    working = _working_dtype(dtype)
+    working = working_dtype(dtype)
     tables = codebooks.to(working)
     factors = None if scales is None else scales.to(working).view(order.shape[0], -1)
     weight = torch.empty(order.shape[0], k, dtype=dtype, device=codes.device)
@@ -61,7 +61,7 @@ def stored_rows(
     for row, rows, levels, fields, where, shared in _panels(codes, codebooks, panels, k):
         values = _look_up(fields, tables[where], levels, shared)
         if factors is not None:
-            values = values * _scale_columns(factors[row : row + rows], k, group)
+            values = values * scale_columns(factors[row : row + rows], k, group)
         weight[index[row : row + rows]] = values.to(dtype)
     return weight
 
@@ -75,7 +75,7 @@ def dequantize_backward(
     With G the gradient in stored coordinates: dL/dc_j = sum of s G over weights of code j, and
     dL/ds_g = sum of c[code] G over the weights of group g.
     """
-    turned = rotate(grad.to(_working_dtype(grad.dtype)), Rotation(seed, block))
+    turned = rotate(grad.to(working_dtype(grad.dtype)), Rotation(seed, block))
     return _of_tables(turned, codes, codebooks, scales, order, panels, k, group)
 
 
@@ -87,7 +87,7 @@ def table_gradients(
 
     dL/dW = dL/dy' x is that of the rotated inputs where the weight is stored for them.
     """
-    working = _working_dtype(grad.dtype)
+    working = working_dtype(grad.dtype)
     turned = rotate(x.to(working), Rotation(seed, block))
     return _of_tables(
         grad.to(working).T @ turned, codes, codebooks, scales, order, panels, k, group
@@ -112,7 +112,7 @@ def _of_tables(
             products = g * _look_up(fields, tables[where], levels, shared)
             columns = torch.arange(k, device=g.device) // (k if group == ROW_SCALES else group)
             grad_factors[row : row + rows].index_add_(1, columns, products)
-            g = g * _scale_columns(factors[row : row + rows], k, group)
+            g = g * scale_columns(factors[row : row + rows], k, group)
         offset = 0 if shared else levels * torch.arange(rows, device=g.device).view(-1, 1)
         grad_tables[where].index_add_(0, (fields + offset).reshape(-1), g.reshape(-1))
     return grad_tables, grad_factors.reshape(-1)
@@ -131,7 +131,7 @@ def kernels(stored_rows: Rows) -> dict[str, Callable[..., Tensor]]:
     ) -> Tensor:  # fmt: skip
         """W [n, k]: table values times scales, rows put back, input rotation undone."""
         rotation = Rotation(seed, block)
-        stored = _working_dtype(dtype) if rotation.active else dtype
+        stored = working_dtype(dtype) if rotation.active else dtype
         weight = stored_rows(codes, codebooks, scales, order, panels, k, group, stored)
         return unrotate(weight, rotation).to(dtype)
 
@@ -142,7 +142,7 @@ def kernels(stored_rows: Rows) -> dict[str, Callable[..., Tensor]]:
         """y = x W' + bias for x [..., k] in float16, bfloat16, float32 or float64."""
         rotation = Rotation(seed, block)
         weight = stored_rows(codes, codebooks, scales, order, panels, k, group, x.dtype)
-        rotated = rotate(x.to(_working_dtype(x.dtype)), rotation).to(x.dtype)
+        rotated = rotate(x.to(working_dtype(x.dtype)), rotation).to(x.dtype)
         return functional.linear(rotated, weight, None if bias is None else bias.to(x.dtype))
 
     def quantized_linear_lora(
@@ -163,7 +163,7 @@ def kernels(stored_rows: Rows) -> dict[str, Callable[..., Tensor]]:
         """dL/dx = dL/dy W. The rotation is undone on the product, which is smaller than W where
         tokens are fewer than rows."""
         weight = stored_rows(codes, codebooks, scales, order, panels, k, group, grad.dtype)
-        turned = (grad @ weight).to(_working_dtype(grad.dtype))
+        turned = (grad @ weight).to(working_dtype(grad.dtype))
         return unrotate(turned, Rotation(seed, block)).to(grad.dtype)
 
     ops = (dequantize, quantized_linear, quantized_linear_lora, input_gradient)

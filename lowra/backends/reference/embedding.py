@@ -1,0 +1,62 @@
+"""Plain-torch meaning of `lowra::embedding`: rows of a packed weight, without unpacking the others.
+
+Shapes depend on shapes alone, so that it can be traced, captured and exported: every row is read as
+if it lay in each panel, and the panel that it lies in is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowra.backends.reference.linear import scale_columns, working_dtype
+from lowra.compiler.ops import LIBRARY
+from lowra.compiler.packing import FORMATS, levels_of, row_words, unpack_rows
+from lowra.compiler.rotation import Rotation, unrotate
+
+
+def embedding(
+    ids: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """W[ids] [..., k]. Raises IndexError for an id that is no row."""
+    if not ids.numel():
+        return torch.empty(*ids.shape, k, dtype=dtype, device=codes.device)
+    rotation, n = Rotation(seed, block), order.shape[0]
+    working = working_dtype(dtype)
+    place = torch.empty_like(order).scatter_(
+        0, order.long(), torch.arange(n, dtype=order.dtype, device=order.device)
+    )
+    stored = place.index_select(0, ids.reshape(-1)).long()
+    rows = torch.zeros(stored.shape[0], k, dtype=working, device=codes.device)
+    pairs = list(zip(panels[0::2], panels[1::2], strict=True))
+    shared = codebooks.numel() == sum(levels_of(id) for id, _ in pairs)
+    words = codes.split([count * row_words(k, id) for id, count in pairs])
+    sizes = [levels_of(id) * (1 if shared else count) for id, count in pairs]
+    tables, first = codebooks.to(working).split(sizes), 0
+    for (id, count), panel, table in zip(pairs, words, tables, strict=True):
+        inside = (stored - first).clamp(0, count - 1)
+        fields = unpack_rows(_of_rows(panel, inside, count, k, id), inside.shape[0], k, id).long()
+        values = table[fields] if shared else table.view(count, -1)[inside].gather(1, fields)
+        here = (stored >= first) & (stored < first + count)
+        rows = torch.where(here[:, None], values, rows)
+        first += count
+    if scales is not None:
+        rows = rows * scale_columns(scales.to(working).view(n, -1)[stored], k, group)
+    if not rotation.active:
+        rows = rows.to(dtype)
+    return unrotate(rows, rotation).to(dtype).view(*ids.shape, k)
+
+
+def _of_rows(words: Tensor, rows: Tensor, count: int, k: int, id: int) -> Tensor:
+    """Of a panel's words, those of `rows`, plane after plane as `unpack_rows` takes them."""
+    per_row = [row_words(k, bits) for bits in FORMATS[id].planes] or [row_words(k, id)]
+    planes = words.split([count * each for each in per_row])
+    chosen = [
+        plane.view(count, each)[rows].reshape(-1)
+        for plane, each in zip(planes, per_row, strict=True)
+    ]
+    return torch.cat(chosen)
+
+
+torch.library.impl("lowra::embedding", "CompositeExplicitAutograd", embedding, lib=LIBRARY)
