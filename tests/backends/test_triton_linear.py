@@ -115,6 +115,27 @@ def test_many_tokens_by_way_of_an_unpacked_weight(
     assert asked == [20]
 
 
+@pytest.mark.parametrize("m", [1, 20])
+def test_factors_of_another_dtype_are_read_as_they_are(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trained ones are beside a model in bfloat16: B in float32 meets the kernel uncast."""
+    given: list[torch.dtype] = []
+    run = launch.run
+
+    def noted(launcher: launch.Launcher, grid: Any, tensors: dict[str, Any]) -> None:
+        if "lora_b" in tensors:
+            given.append(tensors["lora_b"].dtype)
+        run(launcher, grid, tensors)
+
+    monkeypatch.setattr(launch, "run", noted)
+    packed = packed_of(Shape(40, 96, (2,)))
+    x, a, b = torch.randn(m, 96).half(), torch.randn(8, 96) / 8, torch.randn(40, 8)
+    y = linear.forward(x, packed.op_args(), None, (a, b, 0.5), INTERPRETER)
+    want = x.double() @ (packed.dequantize(torch.float64) + 0.5 * b.double() @ a.double()).T
+    assert distance(y, want) < 2e-3 and given == [torch.float32]
+
+
 @pytest.mark.parametrize("m", [3, 40])
 def test_factors_of_a_large_rank_are_added_by_torch(m: int) -> None:
     rank = schedule.MOST_FUSED_RANK + 1

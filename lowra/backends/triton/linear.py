@@ -139,7 +139,8 @@ def _factors(
     if factors is None or factors[0].shape[0] == 0 or not x.numel():
         return None, False
     a, b, scaling = factors
-    b = b.to(x.dtype).contiguous()
+    # The kernel reads B in its own dtype: casting it would write and read it once more per token.
+    b = (b if b.dtype in launch.NAMES else b.to(x.dtype)).contiguous()
     few = x.shape[0] <= FEW_TOKENS and a.shape[0] <= 64 and a.dtype in launch.NAMES
     if few:
         return (launch.shrink(x, a.contiguous(), target), b, scaling), True
