@@ -41,7 +41,7 @@ class RewriteLinears(Pass):
         mapping: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
             if (tied := _tied_embedding(node, embeddings)) is not None:
-                mapping[node] = _dequantized(graph, program, tied, node, mapping)
+                mapping[node] = _looked_up(graph, program, tied, node, mapping)
             elif node.name in sites:
                 mapping[node] = _rewritten(graph, program, sites[node.name], node, mapping)
             else:
@@ -63,24 +63,26 @@ def _tied_embedding(node: fx.Node, embeddings: dict[str, Site]) -> Site | None:
     return embeddings.get(str(table.target)) if table.op == "get_attr" else None
 
 
-def _dequantized(
+def _looked_up(
     graph: fx.Graph, program: Program, site: Site, node: fx.Node, mapping: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """embedding(weight, ids)  ->  embedding(dequantize(packed weight), ids)"""
-    emit = _Emitter(graph, node)
-    weight = program.fact(site.name, Packed).weight
-    table = emit.dequantized(site.name, weight, site.dtype)
-    if correction := program.find(site.name, Correction):
-        a, b = (
-            emit.dequantized(f"{site.name}.{name}", factor, site.dtype)
-            for name, factor in correction.factors().items()
-        )
-        product = emit(ATEN.matmul.default, emit(ATEN.t.default, b), a)
-        table = emit(ATEN.add.Tensor, table, product)
-    rest = fx.map_arg(node.args[1:], lambda n: mapping[n])
-    new = graph.create_node("call_function", node.target, (table, *rest), name=node.name)
+    """embedding(weight, ids)  ->  lowra::embedding(ids, packed weight)"""
+    emit, ids = _Emitter(graph, node), mapping[node.args[1]]  # pyright: ignore
+    packed = emit.packed(site.name, program.fact(site.name, Packed).weight)
+    args = (ids, *packed, site.dtype)
+    new = graph.create_node("call_function", OPS.embedding.default, args, name=node.name)
     new.meta = dict(node.meta)
-    return new
+    correction = program.find(site.name, Correction)
+    if correction is None:
+        return new
+    a, b = (
+        emit.dequantized(f"{site.name}.{name}", factor, site.dtype)
+        for name, factor in correction.factors().items()
+    )
+    low = emit(ATEN.embedding.default, emit(ATEN.t.default, b), ids)
+    total = emit(ATEN.add.Tensor, new, emit(ATEN.matmul.default, low, a))
+    total.meta = dict(node.meta)
+    return total
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_an_embedding_tied_to_a_compressed_head_reads_the_packed_weight() -> Non
     steps = (NormalizeLinears(include=("head",)), *FULL[1:])
     done = compiled_from(program, steps)
     assert [str(op).split(".")[1] for op in ops_of(done)] == [
-        "dequantize", "quantized_linear_lora", "quantized_linear_lora"
+        "embedding", "quantized_linear_lora", "quantized_linear_lora"
     ]  # fmt: skip
     assert "embed.weight" not in done.tensors
     weight = done.fact("head", Packed).weight.dequantize()
