@@ -219,11 +219,14 @@ def base_mark(model: nn.Module) -> Tensor:
 
 
 def start_digest(model: nn.Module) -> str:
-    """sha256 of what `base_mark` leaves out: adapters, norms and whatever else is not compressed,
-    trained or frozen."""
+    """sha256 of what `base_mark` leaves out: adapters with their scaling and dropout, norms and
+    whatever else is not compressed, trained or frozen."""
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda named: named[0]):
         total.update(f"{name} {checksum(parameter)}".encode())
+    for name, module in sorted(model.named_modules(), key=lambda named: named[0]):
+        if isinstance(module, QuantizedLinear):
+            total.update(f"{name} {module.scaling!r} {module.dropout!r}".encode())
     return total.hexdigest()
 
 

@@ -37,6 +37,8 @@ from lowra.workflows.training_report import make_report, write_report
 from lowra.workflows.training_settings import TrainingSettings
 
 log = logging.getLogger("lowra")
+OF_DATA = ("text_field", "split", "context", "long", "eval_share")
+"""Settings that say how rows are made of data."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def _rows(
     model: nn.Module, data: Any, tokenizer: Any, settings: TrainingSettings, eval_data: Any
 ) -> TrainingData:
     if isinstance(data, TrainingData):
+        _refuse_of_data(settings, eval_data)
         check_rows(data, model)
         return data
     return training_data(
@@ -130,6 +133,18 @@ def _rows(
         long=settings.long, eval_source=eval_data, eval_share=settings.eval_share,
         split=settings.split, seed=settings.seed,
     )  # fmt: skip
+
+
+def _refuse_of_data(settings: TrainingSettings, eval_data: Any) -> None:
+    """Raise RecipeError for what says how rows are made, beside rows that are made."""
+    usual = {field.name: field.default for field in dataclasses.fields(settings)}
+    given = [name for name in OF_DATA if getattr(settings, name) != usual[name]]
+    given += [] if eval_data is None else ["eval_data"]
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)}: TrainingData has its rows and what is held out already; leave "
+            "that out, or give it to training_data"
+        )
 
 
 def _require_accelerate() -> None:

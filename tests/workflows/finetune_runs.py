@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowra.workflows.finetune import Finetuned, finetune
+from lowra.workflows.finetune import OF_DATA, Finetuned, finetune
+from lowra.workflows.training_data import TrainingData
 from tests.cli.conftest import letters
 from tests.runtime.compiled_models import low_llama
 
@@ -27,7 +28,8 @@ def student() -> Any:
 def run(
     model: nn.Module, folder: Path, data: Any = TEXTS, tokenizer: Any = None, **changed: Any
 ) -> Finetuned:
-    return finetune(model, data, folder, tokenizer=tokenizer or letters(), **(RUN | changed))
+    usual = {n: v for n, v in RUN.items() if not isinstance(data, TrainingData) or n not in OF_DATA}
+    return finetune(model, data, folder, tokenizer=tokenizer or letters(), **(usual | changed))
 
 
 def factors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 
 import lowra
 from lowra.compiler.errors import CheckpointError, DataError, OutputError, RecipeError
+from lowra.runtime.modules import QuantizedLinear
 from lowra.workflows.training_data import TrainingData
 from lowra.workflows.training_settings import TrainingSettings
 from tests.models import tiny_llama
@@ -60,13 +61,17 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
         TrainingSettings.from_dict(options)
 
 
-@pytest.mark.parametrize("what", ["lora_B", "norm.weight"])
+@pytest.mark.parametrize("what", ["lora_B", "norm.weight", "scaling", "dropout"])
 def test_another_start_on_the_same_base_is_another_run(what: str, tmp_path: Path) -> None:
     """As where a second stage is trained from what the first one wrote."""
     run(student(), tmp_path)
     second = student()
-    changed = next(p for name, p in second.named_parameters() if name.endswith(what))
-    changed.data[0] += 1
+    if what in ("scaling", "dropout"):
+        layer = next(m for m in second.modules() if isinstance(m, QuantizedLinear))
+        setattr(layer, what, 0.125)
+    else:
+        changed = next(p for name, p in second.named_parameters() if name.endswith(what))
+        changed.data[0] += 1
     with pytest.raises(RecipeError, match="began with other adapters, norms or .*load the model"):
         run(second, tmp_path)
     report = run(second, tmp_path, restart=True, tell=(told := []).append).report
@@ -94,6 +99,15 @@ def test_rows_that_do_not_fit_the_model_are_refused(
     with pytest.raises(DataError, match=said):
         run(student(), tmp_path, TrainingData(*rows))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{"context": 64}, {"eval_share": 0.2}, {"eval_data": TEXTS}, {"split": "test"}]
+)
+def test_how_to_make_rows_that_are_made_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    data = TrainingData([{"input_ids": [1, 2, 3]}], [])
+    with pytest.raises(RecipeError, match=f"{next(iter(options))}: TrainingData has its rows"):
+        run(student(), tmp_path, data, **options)
 
 
 @pytest.mark.parametrize(
