@@ -54,8 +54,16 @@ def gpu(data: Mapping[str, Any]) -> Iterator[str]:
         f"{versions['date']}, `benchmarks/results/speed_gpu.json`):"
     )
     yield ""
-    yield from _ratios("stored in", [{**row, "stored": row["case"]} for row in data["rows"]])
+    rows = [{**row, "stored": row["case"]} for row in data["rows"]]
+    yield from _ratios("stored in", rows)
     yield ""
+    for kind in ("int8", "int16"):
+        found = [{**row, "ratio": ratio} for row in rows if (ratio := row.get(f"{kind}_ratio"))]
+        if found:
+            yield f'The same with `lowra.set_activations("{kind}")`:'
+            yield ""
+            yield from _ratios("stored in", found)
+            yield ""
     yield "![Products under the roof of the GPU](benchmarks/results/speed_gpu_roofline.png)"
 
 
