@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.speed import gpu
+from lowra.backends.triton.targets import TARGETS
 from lowra.compiler.storage import UNROTATED
 from lowra.workflows.bench import random_weight
 
@@ -43,3 +44,15 @@ def test_every_case_is_a_shape_of_a_llama_in_every_kind() -> None:
     assert len(set(cases)) == len(cases) == 10 * len(gpu.KINDS)
     assert {(n, k) for _, n, k, _ in cases} >= {(28672, 8192), (8192, 28672), (11008, 4096)}
     assert {2, 8} < set(gpu.EVERY_TOKENS) > set(gpu.TOKENS)
+
+
+def test_the_binary_probe_is_one_instruction_of_tensor_cores_and_no_emulation() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.speed import gpu_binary
+    from lowra.backends.triton.static import loop_instructions
+
+    code = gpu_binary.counted(next(t for t in TARGETS if t.name == "sm90"))
+    loops = loop_instructions(code)  # the compiler unrolls it by 4, and keeps one for the rest
+    products = [sum(n for op, n in loop.items() if op.startswith("BMMA")) for loop in loops]
+    assert products and all(n and n % gpu_binary.CHAINS == 0 for n in products)
+    assert sum(loops[0].values()) < 1.5 * products[0] and not code.stack_bytes

@@ -80,3 +80,13 @@ def test_a_gpu_has_its_table_and_its_name() -> None:
     text = "\n".join(gpu({"gpu": "A GPU", "environment": versions, "rows": rows}))
     assert "(A GPU, torch 9.9, 2026-11-26" in text
     assert "| 8 x 16 | 2 bits | 1.50 | 6.00 |" in text
+
+
+def test_integers_on_a_gpu_have_a_table_where_they_were_measured() -> None:
+    rows = [{"n": 8, "k": 16, "case": "2 bits", "m": m, "ratio": 1.5} for m in (1, 16)]
+    where = {"torch": "2.11", "date": "2026-11-28"}
+    text = "\n".join(gpu({"environment": where, "gpu": "A GPU", "rows": rows}))
+    assert "set_activations" not in text
+    rows[0]["int8_ratio"] = 4.5
+    text = "\n".join(gpu({"environment": where, "gpu": "A GPU", "rows": rows}))
+    assert text.count("set_activations") == 1 and "| 8 x 16 | 2 bits | 4.50 |" in text

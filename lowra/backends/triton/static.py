@@ -14,6 +14,7 @@ from typing import Any
 from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.keys import ExpandKey, GatherKey, Key, RoundKey, ShrinkKey
+from lowra.backends.triton.targets import Target
 
 POINTERS = {
     "codes": "*i32", "code_bytes": "*u8", "books": "*fp16", "scales": "*fp16", "order": "*i32",
@@ -39,20 +40,26 @@ class Static:
 def compile_for(key: Key) -> Static:
     """Compile the kernel of `key` for its target; sizes n and k are taken as multiples of 16, as
     Triton takes them where they are."""
+    signature = {name: _type(name, key) for name in arguments(key)}
+    return compile_kernel(kernel_of(key), signature, key.target, compile_options(key))
+
+
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], target: Target, options: dict[str, Any]
+) -> Static:
+    """Compile a kernel with arguments of those types: `*i32` is a pointer, aligned to 16 bytes."""
     triton, backends, compiler = _triton(), _triton(".backends.compiler"), _triton(".compiler")
-    names = arguments(key)
     source = compiler.ASTSource(
-        fn=kernel_of(key),
-        signature={name: _type(name, key) for name in names},
+        fn=kernel,
+        signature=signature,
         attrs={
             (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if _type(name, key).startswith("*") or name in ALIGNED_NUMBERS
+            for i, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or name in ALIGNED_NUMBERS
         },
     )
-    target = backends.GPUTarget(key.target.backend, key.target.arch, key.target.warp)
-    options = compile_options(key)
-    made = anew_where_broken(lambda: triton.compile(source, target=target, options=options))
+    device = backends.GPUTarget(target.backend, target.arch, target.warp)
+    made = anew_where_broken(lambda: triton.compile(source, target=device, options=options))
     return Static(dict(made.asm), made.metadata.shared)
 
 
