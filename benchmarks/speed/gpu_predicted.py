@@ -54,7 +54,7 @@ def instructions(width: int, kind: str) -> tuple[float, float]:
     else:
         blocks = integer_choice((width, 8192), 8192, 1, kind == "int16", PROCESSORS).blocks
         assert blocks is not None
-        key = IntegerKey(target, weight, "bfloat16", blocks, kind == "int16")
+        key = IntegerKey(target, weight, "bfloat16", blocks, fine=kind == "int16")
         in_a_word = WORD_TRITS if width == TERNARY_ID else 32 // FORMATS[width].planes[0]
         columns = blocks.stages * WORDS * in_a_word
     loops = loop_instructions(machine_code(compile_for(key)))

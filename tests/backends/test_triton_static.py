@@ -112,7 +112,7 @@ def in_integers(target: Target, panels: list[int], m: int, fine: bool, rank: int
     assert blocks is not None
     weight = weight_key(panels, 10240, -1, False, len(panels) > 2)
     return IntegerKey(
-        target, weight, "bfloat16", blocks, fine, rank, False, fine, target.overlaps
+        target, weight, "bfloat16", blocks, rank, False, fine, target.overlaps, fine
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowra.backends.triton.keys import TERNARY_ID, Blocks, IntegerKey, LinearKey, PanelKey
+from lowra.backends.triton.keys import TERNARY_ID, Blocks, LinearKey, PanelKey, ProductKey
 from lowra.backends.triton.tables import descriptor_lines, table_lines
 from lowra.backends.triton.tiles import (
     Block,
@@ -22,7 +22,7 @@ def linear_reading(key: LinearKey) -> Reading:
     return Reading(key.target, key.weight, product_dtype(key), key.blocks.rows, key.blocks.warps)
 
 
-def product_dtype(key: LinearKey | IntegerKey) -> str:
+def product_dtype(key: ProductKey) -> str:
     """In what operands are multiplied: the interpreter computes nothing in bfloat16."""
     return key.dtype if key.target.backend else "float32"
 
@@ -89,7 +89,7 @@ def _multiply(key: LinearKey, width: int, block: Block) -> list[str]:
     ]
 
 
-def _dot(key: LinearKey | IntegerKey, a: str, b: str, acc: str = "") -> str:
+def _dot(key: ProductKey, a: str, b: str, acc: str = "") -> str:
     plus = f", {acc}" if acc else ""
     exact = ', input_precision="ieee"' if product_dtype(key) == "float32" else ""
     return f"tl.dot({a}, {b}{plus}{exact})"
@@ -120,7 +120,7 @@ def sum_of_parts(blocks: Blocks, then: list[str]) -> list[str]:
     ]
 
 
-def epilogue(key: LinearKey | IntegerKey) -> list[str]:
+def epilogue(key: ProductKey) -> list[str]:
     """To `acc` [rows, tokens] row scales, bias and factors; then out through the row order."""
     rows, weight = key.blocks.rows, key.weight
     out = "tl.load(order + stored + rn)" if weight.permuted else "stored + rn"
@@ -138,7 +138,7 @@ def epilogue(key: LinearKey | IntegerKey) -> list[str]:
     ]
 
 
-def _factors(key: LinearKey | IntegerKey) -> list[str]:
+def _factors(key: ProductKey) -> list[str]:
     if key.blocks.tokens < FEWEST_OF_A_DOT:
         product = summed("low[:, None, :].to(tl.float32) * tl.trans(h)[None, :, :]", 2)
     else:

@@ -105,7 +105,7 @@ def product_key(
     """The kernel of a product of m tokens, and its grid."""
     assert choice.blocks is not None
     key = IntegerKey(
-        target, weight.key, dtype, choice.blocks, fine, launch.padded_rank(rank), bias,
-        choice.parts > 1, target.overlaps,
+        target, weight.key, dtype, choice.blocks, launch.padded_rank(rank), bias, choice.parts > 1,
+        target.overlaps, fine,
     )  # fmt: skip
     return key, (*tiles_of(weight.panels, m, choice.blocks), choice.parts)

@@ -61,12 +61,12 @@ class WeightKey:
 
 
 @dataclass(frozen=True)
-class LinearKey:
+class ProductKey:
     """y = x W' + bias + scaling h B'.
 
-    dtype: of x, y and the products. rank: of the factors, rounded up to what a product takes; 0
-    without. split: a few programs share the columns of a tile and the last one adds up. waits: h
-    comes from a kernel that may still be running (programmatic dependent launch).
+    dtype: of y. rank: of the factors, rounded up to what a product takes; 0 without. split: a few
+    programs share the columns of a tile and the last one adds up. waits: what it reads comes from a
+    kernel that may still be running (programmatic dependent launch).
     """
 
     target: Target
@@ -79,6 +79,10 @@ class LinearKey:
     waits: bool = False
 
     @property
+    def what(self) -> str:
+        raise NotImplementedError
+
+    @property
     def name(self) -> str:
         b = self.blocks
         extra = [
@@ -86,37 +90,30 @@ class LinearKey:
             *(["split"] if self.split else []), *(["waits"] if self.waits else []),
         ]  # fmt: skip
         sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
-        return "-".join(["linear", self.target.name, self.dtype, self.weight.text, *extra, sizes])
+        return "-".join([self.what, self.target.name, self.dtype, self.weight.text, *extra, sizes])
 
 
 @dataclass(frozen=True)
-class IntegerKey:
-    """LinearKey's product for a few tokens whose x are integers, as `QuantizeKey` leaves them; see
-    emit_integer.py.
-
-    dtype: of y. fine: a second integer per value of x and of the codebooks, for 15 bits in all.
-    """
-
-    target: Target
-    weight: WeightKey
-    dtype: str
-    blocks: Blocks
-    fine: bool
-    rank: int = 0
-    bias: bool = False
-    split: bool = False
-    waits: bool = False
+class LinearKey(ProductKey):
+    """x and the products are of `dtype`, too; only h may still be in the making."""
 
     @property
-    def name(self) -> str:
-        b = self.blocks
-        extra = [
-            *([f"r{self.rank}"] if self.rank else []), *(["bias"] if self.bias else []),
-            *(["split"] if self.split else []), *(["waits"] if self.waits else []),
-        ]  # fmt: skip
-        what = "int16" if self.fine else "int8"
-        sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
-        return "-".join([what, self.target.name, self.dtype, self.weight.text, *extra, sizes])
+    def what(self) -> str:
+        return "linear"
+
+
+@dataclass(frozen=True)
+class IntegerKey(ProductKey):
+    """For a few tokens whose x are integers, as `QuantizeKey` leaves them; see emit_integer.py.
+
+    fine: a second integer per value of x and of the codebooks, for 15 bits in all.
+    """
+
+    fine: bool = False
+
+    @property
+    def what(self) -> str:
+        return "int16" if self.fine else "int8"
 
 
 @dataclass(frozen=True)
