@@ -132,6 +132,21 @@ def _dequantize_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (None, tables, scales, *[None] * 7)
 
 
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs[1 : 1 + PACKED_COUNT], inputs[0])
+
+
+def _embedding_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (packed, (ids,)), needs = _restore(ctx), ctx.needs_input_grad
+    tables, scales = None, None
+    if needs[2] or needs[3]:
+        dense = grad.new_zeros(packed[3].shape[0], packed[5])
+        dense.index_add_(0, ids.reshape(-1), grad.reshape(-1, packed[5]))
+        grads = torch.ops.lowra.dequantize_backward(dense, *packed)
+        tables, scales = _asked(grads, packed, needs[1:4])
+    return (None, None, tables, scales, *[None] * 7)
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     needs_x = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     _save(ctx, inputs[1 : 1 + PACKED_COUNT], inputs[0] if needs_x else None)
@@ -189,6 +204,7 @@ def _lora_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(
     "lowra::dequantize", _dequantize_grad, setup_context=_dequantize_setup
 )
+torch.library.register_autograd("lowra::embedding", _embedding_grad, setup_context=_embedding_setup)
 torch.library.register_autograd(
     "lowra::quantized_linear", _linear_grad, setup_context=_linear_setup
 )

@@ -153,13 +153,13 @@ class QuantizedEmbedding(QuantizedModule):
         self.embed_scale = getattr(source, "embed_scale", None)
 
     def forward(self, ids: Tensor) -> Tensor:
-        few = ids.numel() * len(self.panels) < self.num_embeddings
         trains = self.tables is not None and torch.is_grad_enabled()
-        rows = self._rows(ids) if few and not trains else functional.embedding(ids, self.weight)
+        rows = functional.embedding(ids, self.weight) if trains else self._rows(ids)
         return rows if self.embed_scale is None else rows * self.embed_scale
 
     def _rows(self, ids: Tensor) -> Tensor:
-        """The same, of which only those rows are unpacked."""
+        """The same, unpacking no more of the weight than those rows where they are few; of a
+        correction, its small B' whole."""
         rows = torch.ops.lowra.embedding(ids, *self.packed(), self.dtype)
         if self.correction_A is None or self.correction_B is None:
             return rows

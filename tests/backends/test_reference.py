@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lowra.backends.reference  # noqa: F401 - the ops get their meaning
+from lowra.backends.reference import embedding
 from lowra.compiler.storage import PackedWeight
 from tests.compiler.packed_weights import Case, cases, packed_with_dense
 
@@ -136,16 +137,33 @@ def test_rows_of_a_weight_are_those_of_the_whole_to_the_bit(case: Case, dtype: t
     packed, _ = packed_with_dense(case)
     ids = torch.randint(case.n, (2, 3), generator=torch.Generator().manual_seed(case.seed))
     whole = OPS.dequantize(*packed.op_args(), dtype)
-    rows = OPS.embedding(ids, *packed.op_args(), dtype)
+    rows = embedding.few_rows(ids, *packed.op_args(), dtype)
     assert rows.dtype == dtype and torch.equal(rows, whole[ids])
     assert OPS.embedding(ids[:0], *packed.op_args(), dtype).shape == (0, 3, case.k)
 
 
+def test_gradients_of_looked_up_rows_are_those_of_the_whole_weight() -> None:
+    codes, books, scales, *layout = packed_with_dense(ROTATED)[0].op_args()
+    ids = torch.tensor([[1, 0, 1]])
+    grads = []
+    for rows in (
+        lambda *packed: OPS.embedding(ids, *packed, torch.float64),
+        lambda *packed: OPS.dequantize(*packed, torch.float64)[ids],
+    ):
+        tables = [t.double().requires_grad_() for t in (books, scales)]
+        (rows(codes, *tables, *layout) ** 2).sum().backward()
+        grads.append([t.grad for t in tables])
+    for got, want in zip(*grads, strict=True):
+        assert want.any()
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("look_up", [OPS.embedding, embedding.few_rows], ids=["op", "few"])
 @pytest.mark.parametrize("id", [-1, PLAIN.n])
-def test_an_id_that_is_no_row_is_refused(id: int) -> None:
+def test_an_id_that_is_no_row_is_refused(id: int, look_up: Any) -> None:
     packed, _ = packed_with_dense(PLAIN)
     with pytest.raises(IndexError):
-        OPS.embedding(torch.tensor([0, id]), *packed.op_args(), torch.float32)
+        look_up(torch.tensor([0, id]), *packed.op_args(), torch.float32)
 
 
 # --- the contract of torch.library ----------------------------------------------------------------
@@ -163,7 +181,7 @@ def op_inputs(case: Case, train: bool) -> dict[str, tuple[Any, ...]]:
     x = torch.randn(2, 2, case.k, requires_grad=train)
     return {
         "dequantize": (*tables, torch.float32),
-        "embedding": (torch.tensor([[1, 0], [1, 1]]), *packed.op_args(), torch.float32),
+        "embedding": (torch.tensor([[1, 0], [1, 1]]), *tables, torch.float32),
         "dequantize_backward": (torch.randn(case.n, case.k), *packed.op_args()),
         "quantized_linear": (x, *tables, bias),
         "quantized_linear_lora": (x, *tables, bias, a, b, 0.5),

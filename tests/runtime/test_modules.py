@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowra.backends.reference import embedding as embedding_ops
+from lowra.backends.reference import linear as linear_ops
 from lowra.compiler.storage import PackedWeight
 from lowra.runtime.modules import QuantizedEmbedding, QuantizedLinear
 from lowra.runtime.quantized_module import QuantizedModule
@@ -82,10 +85,19 @@ def test_an_embedding_unpacks_no_more_rows_than_it_needs(monkeypatch: pytest.Mon
     layer = QuantizedEmbedding(packed(wide), torch.bfloat16, nn.Embedding(wide.n, wide.k))
     ids = torch.tensor([[63, 7, 0]])
     want = layer.weight[ids]
-    monkeypatch.setattr(QuantizedEmbedding, "_dense", None)
-    assert torch.equal(layer(ids), want)
-    with pytest.raises(TypeError):
-        layer(ids.expand(8, 3))  # as many rows as the weight has, over its five panels
+    whole: list[int] = []
+    stored_rows = linear_ops.stored_rows
+
+    def noted(*given: Any) -> Tensor:
+        whole.append(1)
+        return stored_rows(*given)
+
+    for name, kernel in linear_ops.kernels(noted).items():
+        if name == "dequantize":
+            monkeypatch.setattr(embedding_ops.torch.ops.lowra, name, kernel)
+    assert torch.equal(layer(ids), want) and not whole
+    many = ids.expand(wide.n, 3)
+    assert torch.equal(layer(many), want.expand(wide.n, 3, 48)) and whole == [1]
 
 
 def test_an_embedding_keeps_the_factor_of_the_one_it_replaces() -> None:

@@ -1,13 +1,15 @@
-"""Plain-torch meaning of `lowra::embedding`: rows of a packed weight, without unpacking the others.
+"""Plain-torch meaning of `lowra::embedding`: rows of a packed weight.
 
-Shapes depend on shapes alone, so that it can be traced, captured and exported: every row is read as
-if it lay in each panel, and the panel that it lies in is kept.
+A few rows on a CPU are read without unpacking the others: every row as if it lay in each panel, and
+the panel that it lies in is kept. Many rows, and rows on a GPU, are looked up in the whole weight,
+which kernels unpack faster than torch gathers codes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowra.backends.reference.linear import scale_columns, working_dtype
 from lowra.compiler.ops import LIBRARY
@@ -20,8 +22,18 @@ def embedding(
     panels: list[int], k: int, group: int, seed: int, block: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """W[ids] [..., k]. Raises IndexError for an id that is no row."""
-    if not ids.numel():
-        return torch.empty(*ids.shape, k, dtype=dtype, device=codes.device)
+    packed = (codes, codebooks, scales, order, panels, k, group, seed, block)
+    reads = ids.numel() * len(panels) // 2  # a row is read once per panel
+    if codes.is_cpu and 0 < reads < order.shape[0]:
+        return few_rows(ids, *packed, dtype)
+    return functional.embedding(ids, torch.ops.lowra.dequantize(*packed, dtype))
+
+
+def few_rows(
+    ids: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, order: Tensor,
+    panels: list[int], k: int, group: int, seed: int, block: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same, to the bit, without unpacking other rows."""
     rotation, n = Rotation(seed, block), order.shape[0]
     working = working_dtype(dtype)
     place = torch.empty_like(order).scatter_(
@@ -33,16 +45,17 @@ def embedding(
     shared = codebooks.numel() == sum(levels_of(id) for id, _ in pairs)
     words = codes.split([count * row_words(k, id) for id, count in pairs])
     sizes = [levels_of(id) * (1 if shared else count) for id, count in pairs]
-    tables, first = codebooks.to(working).split(sizes), 0
-    for (id, count), panel, table in zip(pairs, words, tables, strict=True):
+    first = 0
+    for (id, count), panel, table in zip(pairs, words, codebooks.split(sizes), strict=True):
         inside = (stored - first).clamp(0, count - 1)
         fields = unpack_rows(_of_rows(panel, inside, count, k, id), inside.shape[0], k, id).long()
-        values = table[fields] if shared else table.view(count, -1)[inside].gather(1, fields)
+        own = None if shared else table.view(count, -1)[inside].to(working)
+        values = table.to(working)[fields] if own is None else own.gather(1, fields)
         here = (stored >= first) & (stored < first + count)
         rows = torch.where(here[:, None], values, rows)
         first += count
     if scales is not None:
-        rows = rows * scale_columns(scales.to(working).view(n, -1)[stored], k, group)
+        rows = rows * scale_columns(scales.view(n, -1)[stored].to(working), k, group)
     if not rotation.active:
         rows = rows.to(dtype)
     return unrotate(rows, rotation).to(dtype).view(*ids.shape, k)
