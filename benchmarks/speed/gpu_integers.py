@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.gpu_integers CHECKPOINT
 
-The meaning of those products (`lowra/backends/reference/integers.py`) in plain torch, float64 but
-for x, in place of every compressed linear of one of two equal models: mean KL between the two over
+The meaning of those products (`lowra/backends/reference/integers.py`) in plain torch, products
+in float32, in place of every compressed linear of one of two equal models: mean KL of the two over
 windows of held-out English, and the perplexity of each. A checkpoint without a tokenizer is taken
 for one of SmolLM2-135M. Nothing is timed and no GPU is needed. Writes
 benchmarks/results/speed_gpu_integers.json.
@@ -40,6 +40,8 @@ def read_as(model: nn.Module, kind: str) -> None:
 
 
 def _product(module: QuantizedLinear, kind: str) -> Any:
+    if module.correction is not None:
+        raise SystemExit("a model with corrections is not measured: they would be left out")
     packed, fine, exact = module.packed(), kind == "int16", kind == "unrounded"
     weight = stored_rows(*packed[:7], torch.float32) if exact else weight_as_read(packed, fine)
     weight, rotation = weight.float(), Rotation(*packed[7:9])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 
@@ -17,13 +16,15 @@ DEFAULTS = {"cpu": "int16", "cuda": "bfloat16"}
 _chosen: str | None = None
 
 
-@functools.cache
 def get_activations(device: str = "cpu") -> str:
     """What `set_activations` chose last, else LOWRA_CPU_ACTIVATIONS, else "int16"; for "cuda",
     LOWRA_GPU_ACTIVATIONS, else "bfloat16".
 
-    Raises LowraError where the environment names none of `CHOICES`.
+    Raises LowraError for another type of device, and where the environment names none of
+    `CHOICES`.
     """
+    if device not in SWITCHES:
+        raise LowraError(f"{device!r} is no type of device: give {' or '.join(SWITCHES)}")
     return _checked(_chosen or os.environ.get(SWITCHES[device]) or DEFAULTS[device])
 
 
@@ -37,12 +38,11 @@ def set_activations(kind: str) -> None:
 
     On a GPU "int8" serves up to 4 tokens and "int16" up to 2, with a scale per 1280 columns of a
     token, and codebooks of 2 to 4 bits are rounded as well (docs/decisions/0021); all other
-    activations, and any unless told otherwise, are read in the dtype that they have. Raises
-    LowraError for another kind.
+    activations, and any unless told otherwise, are read in the dtype that they have. A captured
+    CUDA graph keeps what was chosen when it was captured. Raises LowraError for another kind.
     """
     global _chosen
     _chosen = _checked(kind)
-    get_activations.cache_clear()
 
 
 @contextlib.contextmanager
@@ -56,7 +56,6 @@ def activations(kind: str | None) -> Iterator[None]:
         yield
     finally:
         _chosen = before
-        get_activations.cache_clear()
 
 
 def _checked(kind: str) -> str:

@@ -108,8 +108,8 @@ DtypeOption = Annotated[Dtype, typer.Option(help="What a dense model is loaded i
 ActivationsOption = Annotated[
     Activations | None,
     typer.Option(
-        help="What a CPU reads halves as in products on packed weights; int8 is faster with many "
-        "tokens and loses a little. [int16]"
+        help="What products on packed weights read halves as; int8 is faster and loses a little. "
+        "On a GPU it counts for a few tokens. [int16 on a CPU, as they are on a GPU]"
     ),
 ]
 DeviceOption = Annotated[

@@ -68,6 +68,8 @@ def finetune(
     checkpoint stays), and where accelerate is not installed.
     """
     settings = _settings(settings, options)
+    if isinstance(data, TrainingData):
+        _refuse_of_data(settings, eval_data)
     _require_accelerate()
     settings = dataclasses.replace(settings, train=settings.train or parts_of(model))
     counts = prepare_training(model, settings.train)
@@ -125,7 +127,6 @@ def _rows(
     model: nn.Module, data: Any, tokenizer: Any, settings: TrainingSettings, eval_data: Any
 ) -> TrainingData:
     if isinstance(data, TrainingData):
-        _refuse_of_data(settings, eval_data)
         check_rows(data, model)
         return data
     return training_data(
@@ -156,7 +157,10 @@ def _require_accelerate() -> None:
 
 def _require_held_out(settings: TrainingSettings, data: TrainingData) -> None:
     if settings.patience is not None and not data.held_out:
-        raise RecipeError("patience needs held-out data: give eval_share or data to evaluate on")
+        raise RecipeError(
+            "patience needs held-out data: give eval_share or data to evaluate on, or TrainingData "
+            "with rows held out"
+        )
 
 
 def _arguments(settings: TrainingSettings, data: TrainingData, checkpoints: Path) -> Any:

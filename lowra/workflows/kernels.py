@@ -74,12 +74,14 @@ def _product_keys(
 ) -> tuple[Key, ...]:
     name, bias = NAMES[module.dtype], module.bias is not None
     rank = module.rank if module.rank <= MOST_FUSED_RANK else 0
+    factors = module.dtype if module.lora_B is None else module.lora_B.dtype
+    of = "" if factors == module.dtype else NAMES.get(factors, "")
     kind = "float32" if module.dtype == torch.float32 else get_activations("cuda")
     fine = kind == "int16"
     takes = integer.takes(weight.key, weight.k, tokens, fine, target)
     if kind.startswith("int") and takes and rank == module.rank:
         chosen = integer_choice(weight.panels, weight.k, tokens, fine, PROCESSORS)
-        given = (weight, tokens, name, fine, target, rank, bias, chosen)
+        given = (weight, tokens, name, fine, target, rank, bias, chosen, of)
         return (
             integer.quantize_key(weight.key, name, fine, target), integer.product_key(*given)[0]
         )  # fmt: skip
@@ -89,4 +91,4 @@ def _product_keys(
     if choice.blocks is None:
         return (ValuesKey(target, weight.key, name, values_blocks()),)
     waits = tokens <= FEW_TOKENS
-    return (product_key(weight, tokens, name, target, rank, bias, waits, choice)[0],)
+    return (product_key(weight, tokens, name, target, rank, bias, waits, choice, of)[0],)

@@ -65,8 +65,9 @@ def _check_same(file: Path, run: dict[str, Any], model: nn.Module) -> None:
         raise RecipeError(f"the run in {file.parent} had other data or tokens: {way_out}")
     if before.get("start") != run["start"]:
         raise RecipeError(
-            f"the run in {file.parent} began with other adapters, norms or embeddings: load the "
-            "model that it began with anew, restart, or choose another work folder"
+            f"the run in {file.parent} began with other adapters (or another scaling or dropout of "
+            "them), norms or embeddings, or under an older lowra: load the model that it began "
+            "with anew, restart, or choose another work folder"
         )
 
 

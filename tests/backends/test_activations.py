@@ -47,7 +47,6 @@ def test_the_environment_chooses_until_someone_does(
     device: str, usual: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert lowra.get_activations(device) == usual
-    activations.get_activations.cache_clear()
     monkeypatch.setenv(SWITCHES[device], "float32")
     assert lowra.get_activations(device) == "float32"
     lowra.set_activations("int8")
@@ -59,7 +58,6 @@ def test_another_kind_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(lowra.LowraError, match="int16, int8, bfloat16, float32"):
         lowra.set_activations(kind)
     assert lowra.get_activations() == "int16"
-    activations.get_activations.cache_clear()
     monkeypatch.setenv(SWITCHES["cpu"], kind or "no")
     with pytest.raises(lowra.LowraError, match="is no type of activations"):
         lowra.get_activations()
@@ -82,3 +80,8 @@ def test_products_follow_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "product", lambda x, ready, *_: served.append(ready.name))
     torch.ops.lowra.quantized_linear(x, *packed, None)
     assert len(served) == (best_tier().vectors == "avx512")
+
+
+def test_another_type_of_device_is_refused() -> None:
+    with pytest.raises(lowra.LowraError, match="'mps' is no type of device: give cpu or cuda"):
+        lowra.get_activations("mps")

@@ -13,7 +13,7 @@ from lowra.backends import activations
 from lowra.backends.reference.integers import integer_product
 from lowra.backends.triton import build, integer, launch, linear, schedule, service
 from lowra.backends.triton.integer_codes import _PLAIN
-from lowra.backends.triton.keys import LinearKey, weight_key
+from lowra.backends.triton.keys import IntegerKey, LinearKey, QuantizeKey, weight_key
 from lowra.backends.triton.targets import INTERPRETER, TARGETS
 from lowra.backends.triton.weight import weight_of
 from lowra.compiler.storage import PackedWeight
@@ -32,10 +32,16 @@ def integers() -> Iterator[None]:
         yield
 
 
+def product(packed: PackedWeight, x: torch.Tensor, fine: bool) -> torch.Tensor:
+    weight = weight_of(packed.op_args())
+    given = (weight, x.shape[0], x.dtype, fine, INTERPRETER, 0, "", False, x.device)
+    return integer.product(x, weight, integer.planned(*given), None)
+
+
 def check(shape: Shape, m: int, fine: bool, dtype: torch.dtype = torch.float32) -> None:
     packed = packed_of(shape)
     x = (torch.randn(m, shape.k) * torch.rand(shape.k).exp()).to(dtype)
-    y = integer.product(x, weight_of(packed.op_args()), fine, INTERPRETER, None)
+    y = product(packed, x, fine)
     want = integer_product(x, packed.op_args(), fine)
     # What `fine` leaves out: second levels of x by second levels of a codebook.
     assert y.dtype == dtype and distance(y, want) < LIMIT[dtype] + (1e-4 if fine else 0)
@@ -83,12 +89,14 @@ def test_the_op_with_all_that_belongs_to_it(kind: str, rank: int) -> None:
         want += 0.5 * (x.double() @ a.double().T) @ b.double().T
     y = linear.forward(x, packed.op_args(), bias, factors, INTERPRETER)
     assert y.shape == want.shape and distance(y, want) < {"int8": 2.5e-2, "int16": 1e-2}[kind]
-    assert kernels_of(packed) == {f"{kind}-"}
+    assert kernels_of(packed) == {kind}
 
 
 def kernels_of(packed: PackedWeight) -> set[str]:
     plans = weight_of(packed.op_args()).form.plans.values()
-    return {plan[0].name[: plan[0].name.index("-") + 1] for plan in plans if type(plan) is tuple}
+    launchers = [plan.multiply for plan in plans if isinstance(plan, integer.Plan)]
+    launchers += [plan[0] for plan in plans if isinstance(plan, tuple)]
+    return {launcher.name.split("-")[0] for launcher in launchers}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_others_are_multiplied_as_they_are(
     x = torch.randn(m, 96).to(dtype)
     y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
     assert distance(y, x.double() @ packed.dequantize(torch.float64).T) < 1e-2
-    assert kernels_of(packed) == {"linear-"}
+    assert kernels_of(packed) == {"linear"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -119,36 +127,41 @@ def test_a_broken_input_breaks_its_token_alone(value: float) -> None:
     packed = packed_of(Shape(21, 96, (1, 2)))
     x = torch.randn(3, 96)
     x[1, 70] = value
-    y = integer.product(x, weight_of(packed.op_args()), False, INTERPRETER, None)
+    y = product(packed, x, False)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
-def test_zeros_give_zeros() -> None:
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-31])
+def test_next_to_nothing_gives_next_to_nothing(size: float) -> None:
+    """A step would be so small that it has no inverse."""
     packed = packed_of(Shape(21, 96, (1, 2, 9)))
-    y = integer.product(torch.zeros(1, 96), weight_of(packed.op_args()), True, INTERPRETER, None)
-    assert not y.any()
+    x = torch.full((1, 96), size)
+    y = product(packed, x, True)
+    assert y.abs().max() <= 1e-28
 
 
-def test_a_kernel_that_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the one that multiplies what it is given; and is not tried again."""
-    tried: list[str] = []
+@pytest.mark.parametrize("broken", [QuantizeKey, IntegerKey])
+def test_a_kernel_that_fails_is_replaced(broken: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one that multiplies what it is given; from then on nothing is launched for it."""
+    launched: list[type] = []
 
-    def no(launcher: launch.Launcher, *given: object) -> None:
-        service.refuse_failed(launcher.name)
-        if not isinstance(launcher.key, LinearKey):
-            tried.append(launcher.name)
+    def noted(launcher: launch.Launcher, *given: object) -> None:
+        launched.append(type(launcher.key))
+        if isinstance(launcher.key, broken):
             raise service.KernelError(launcher.name, "made up")
         run(launcher, *given)
 
     run = launch.run
     monkeypatch.setattr(service, "failures", {})
-    monkeypatch.setattr(launch, "run", no)
+    monkeypatch.setattr(launch, "run", noted)
     packed = packed_of(Shape(21, 96, (2,)))
     x = torch.randn(1, 96).bfloat16()
-    for _ in range(2):
+    for first in (True, False):
         y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
         assert distance(y, x.double() @ packed.dequantize(torch.float64).T) < 1e-2
-    assert len(tried) == 1
+        assert (broken in launched) == first and launched[-1] is LinearKey
+        assert first or launched == [LinearKey]
+        launched.clear()
 
 
 def test_functions_spelt_out_are_the_instructions_that_they_stand_for() -> None:

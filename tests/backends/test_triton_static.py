@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,14 @@ from lowra.backends.triton.keys import (
     weight_key,
 )
 from lowra.backends.triton.rounding import rounding_key
-from lowra.backends.triton.schedule import blocks_of, integer_choice, linear_blocks, values_blocks
+from lowra.backends.triton.schedule import (
+    MOST_FUSED_RANK,
+    blocks_of,
+    integer_choice,
+    linear_blocks,
+    values_blocks,
+)
+from lowra.backends.triton.shared_memory import shared_bytes
 from lowra.backends.triton.static import (
     Machine,
     Static,
@@ -112,7 +120,7 @@ def in_integers(target: Target, panels: list[int], m: int, fine: bool, rank: int
     assert blocks is not None
     weight = weight_key(panels, 10240, -1, False, len(panels) > 2)
     return IntegerKey(
-        target, weight, "bfloat16", blocks, rank, False, fine, target.overlaps, fine
+        target, weight, "bfloat16", blocks, rank, False, fine, target.overlaps, "float32", fine
     )  # fmt: skip
 
 
@@ -148,6 +156,22 @@ def test_integers_of_mixed_widths_compile_everywhere(target: str, m: int, fine: 
     assert ("griddepcontrol.wait" in compiled(key).texts["ptx"]) == overlaps
     assert ("griddepcontrol.launch_dependents" in compiled(ahead).texts["ptx"]) == overlaps
     assert "dp4a.s32.s32" in compiled(key).texts["ptx"]
+
+
+def test_factors_in_float32_beside_halves_have_room() -> None:
+    """As trained ones are; of the largest rank that is fused."""
+    plain = decode(SM90, [2, 8192], rank=MOST_FUSED_RANK, m=16)
+    key = replace(plain, factor_dtype="float32")
+    room = shared_bytes(key.weight, 2, key.blocks, MOST_FUSED_RANK, SM90)
+    assert compiled(key).shared_bytes <= room <= SM90.shared_bytes and key.name != plain.name
+    assert no_spills(machine(key))
+
+
+@pytest.mark.parametrize("width", [2, 9])
+def test_integers_with_a_codebook_per_row_compile_without_spills(width: int) -> None:
+    key = in_integers(SM90, [width, 8192], 1, False, 128)
+    key = replace(key, weight=weight_key([width, 8192], 10240, -1, True, True), bias=True)
+    assert no_spills(machine(key))
 
 
 def shipped() -> list[LinearKey]:

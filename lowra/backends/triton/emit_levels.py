@@ -7,7 +7,7 @@ levels beside every word of codes.
 
 from __future__ import annotations
 
-from lowra.backends.reference.integers import BLOCK, FINE
+from lowra.backends.reference.integers import BLOCK, FINE, SMALLEST
 from lowra.backends.triton.keys import TERNARY_ID, QuantizeKey, WeightKey
 from lowra.backends.triton.tiles import largest, summed
 from lowra.compiler.packing import TERNARY_TILE, TILE
@@ -52,7 +52,7 @@ def quantize_body(key: QuantizeKey) -> list[str]:
         "v = tl.where(finite, v, 0.0)",
         f"top = {largest('tl.abs(v)', 0)}",
         "step = tl.where(broken, float('nan'), top / 127.0)",
-        "v *= tl.where(top > 0.0, 127.0 / top, 0.0)",
+        f"v *= tl.where(top > {SMALLEST}, 127.0 / tl.maximum(top, {SMALLEST}), 0.0)",
         "q = tl.floor(v + 0.5)",
     ]
     if key.fine:

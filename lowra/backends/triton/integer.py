@@ -13,6 +13,7 @@ from lowra.backends.triton.emit_integer import MOST_BLOCKS
 from lowra.backends.triton.emit_levels import line_words, orders_of
 from lowra.backends.triton.keys import IntegerKey, QuantizeKey, WeightKey
 from lowra.backends.triton.schedule import Choice, integer_choice, processors, tiles_of
+from lowra.backends.triton.service import refuse_failed
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight
 
@@ -42,21 +43,49 @@ class Levels:
     sums: Tensor
 
 
-def quantized(x: Tensor, weight: WeightKey, fine: bool, target: Target) -> Levels:
-    """x [m, k], contiguous and in stored coordinates, for products with `weight`."""
-    (m, k), device = x.shape, x.device
-    key, blocks = quantize_key(weight, NAMES[x.dtype], fine, target), -(-k // BLOCK)
-    shape = (m, len(key.orders), 2 if fine else 1, line_words(k))
-    levels = Levels(
-        launch.room("inputs as integers", shape, torch.int32, device),
-        *(launch.room("steps of inputs", (m, blocks), torch.float32, device) for _ in range(2)),
-    )
-    given = {
-        "x": x, "level_bytes": levels.words.view(torch.int8), "steps": levels.steps,
-        "sums": levels.sums, "k": k, "line": shape[-1],
-    }  # fmt: skip
-    launch.run(launch.launcher_of(key), (m, blocks, 1), given)
-    return levels
+@dataclass(frozen=True)
+class Plan:
+    """What a product of `m` tokens launches: what makes the levels, then what multiplies."""
+
+    quantize: launch.Launcher
+    multiply: launch.Launcher
+    grid: tuple[int, int, int]
+    tiles: Tensor
+
+
+def planned(
+    weight: Weight, m: int, dtype: torch.dtype, fine: bool, target: Target, rank: int,
+    factor_dtype: str, bias: bool, device: torch.device,
+) -> Plan:  # fmt: skip
+    """The plan of a product, before anything is launched. Raises KernelError where one of its
+    kernels failed before."""
+    place = ("integer", m, dtype, fine, target.name, rank, factor_dtype, bias, device)
+    plan: Plan | None = weight.form.plans.get(place)
+    if plan is None:
+        choice = integer_choice(weight.panels, weight.k, m, fine, processors(device))
+        key, grid = product_key(
+            weight, m, NAMES[dtype], fine, target, rank, bias, choice, factor_dtype
+        )
+        quantize = quantize_key(weight.key, NAMES[dtype], fine, target)
+        tiles = weight.form.tiles_of(key.blocks.rows, device)
+        launchers = launch.launcher_of(quantize), launch.launcher_of(key)
+        plan = weight.form.keep(place, Plan(*launchers, grid, tiles))
+    for launcher in (plan.quantize, plan.multiply):
+        refuse_failed(launcher.name)
+    return plan
+
+
+def product_key(
+    weight: Weight, m: int, dtype: str, fine: bool, target: Target, rank: int, bias: bool,
+    choice: Choice, factor_dtype: str = "",
+) -> tuple[IntegerKey, tuple[int, int, int]]:  # fmt: skip
+    """The kernel of a product of m tokens, and its grid."""
+    assert choice.blocks is not None
+    key = IntegerKey(
+        target, weight.key, dtype, choice.blocks, launch.padded_rank(rank), bias, choice.parts > 1,
+        target.overlaps, factor_dtype, fine,
+    )  # fmt: skip
+    return key, (*tiles_of(weight.panels, m, choice.blocks), choice.parts)
 
 
 def quantize_key(weight: WeightKey, dtype: str, fine: bool, target: Target) -> QuantizeKey:
@@ -64,48 +93,46 @@ def quantize_key(weight: WeightKey, dtype: str, fine: bool, target: Target) -> Q
 
 
 def product(
-    x: Tensor, weight: Weight, fine: bool, target: Target, bias: Tensor | None,
-    factors: tuple[Tensor, Tensor, float] | None = None, choice: Choice | None = None,
+    x: Tensor, weight: Weight, plan: Plan, bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """y [m, n] of x [m, k], contiguous and in stored coordinates; factors are (h, B, scaling) with
     h = x A' [m, r]."""
     m, device = x.shape[0], x.device
     y = launch.room("a product", (m, weight.n), x.dtype, device)
-    rank = 0 if factors is None else factors[0].shape[1]
-    choice = choice or integer_choice(weight.panels, weight.k, m, fine, processors(device))
-    place = ("integer", m, x.dtype, device, target.name, rank, bias is not None, fine, choice)
-    plan = weight.form.plans.get(place)
-    if plan is None:
-        key, grid = product_key(
-            weight, m, NAMES[x.dtype], fine, target, rank, bias is not None, choice
-        )
-        tiles = weight.form.tiles_of(key.blocks.rows, device)
-        plan = weight.form.keep(place, (launch.launcher_of(key), grid, tiles))
-    launcher, grid, tiles = plan
-    levels = quantized(x, weight.key, fine, target)
+    if y.numel() == 0:
+        return y
+    levels = quantized(x, plan.quantize)
     given = {
         **weight.tensors(), "level_words": levels.words, "steps": levels.steps,
-        "sums": levels.sums, "tiles": tiles, "bias": bias, "y": y, "m": m, "n": weight.n,
+        "sums": levels.sums, "tiles": plan.tiles, "bias": bias, "y": y, "m": m, "n": weight.n,
         "k": weight.k, "line": levels.words.shape[-1],
     }  # fmt: skip
     if factors is not None:
-        given |= {"hidden": factors[0], "lora_b": factors[1], "scaling": factors[2], "rank": rank}
-    if grid[2] > 1:
+        h, b, scaling = factors
+        given |= {"hidden": h, "lora_b": b, "scaling": scaling, "rank": h.shape[1]}
+    if plan.grid[2] > 1:
+        tiles, token_tiles, parts = plan.grid
         given |= launch.room_for_sums(
-            "product", grid[0] * grid[1], grid[2], launcher.key.blocks, device
+            "product", tiles * token_tiles, parts, plan.multiply.key.blocks, device
         )
-    launch.run(launcher, grid, given)
+    launch.run(plan.multiply, plan.grid, given)
     return y
 
 
-def product_key(
-    weight: Weight, m: int, dtype: str, fine: bool, target: Target, rank: int, bias: bool,
-    choice: Choice,
-) -> tuple[IntegerKey, tuple[int, int, int]]:  # fmt: skip
-    """The kernel of a product of m tokens, and its grid."""
-    assert choice.blocks is not None
-    key = IntegerKey(
-        target, weight.key, dtype, choice.blocks, launch.padded_rank(rank), bias, choice.parts > 1,
-        target.overlaps, fine,
-    )  # fmt: skip
-    return key, (*tiles_of(weight.panels, m, choice.blocks), choice.parts)
+def quantized(x: Tensor, launcher: launch.Launcher) -> Levels:
+    """x [m, k], contiguous and in stored coordinates, by the kernel of a `QuantizeKey`."""
+    (m, k), key = x.shape, launcher.key
+    assert isinstance(key, QuantizeKey)
+    shape = (m, len(key.orders), 2 if key.fine else 1, line_words(k))
+    blocks = -(-k // BLOCK)
+    levels = Levels(
+        launch.room("inputs as integers", shape, torch.int32, x.device),
+        *(launch.room("steps of inputs", (m, blocks), torch.float32, x.device) for _ in range(2)),
+    )
+    given = {
+        "x": x, "level_bytes": levels.words.view(torch.int8), "steps": levels.steps,
+        "sums": levels.sums, "k": k, "line": shape[-1],
+    }  # fmt: skip
+    launch.run(launcher, (m, blocks, 1), given)
+    return levels

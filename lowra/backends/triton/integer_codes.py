@@ -7,7 +7,7 @@ the codes themselves are the bytes. docs/storage-format.md has the order of fiel
 
 from __future__ import annotations
 
-from lowra.backends.reference.integers import FINE
+from lowra.backends.reference.integers import FINE, SMALLEST
 from lowra.backends.triton.keys import TERNARY_ID, IntegerKey, PanelKey
 from lowra.backends.triton.tiles import hinted
 from lowra.compiler.packing import FORMATS, WORD_TRITS, levels_of
@@ -103,7 +103,10 @@ def book_lines(key: IntegerKey, width: int) -> list[str]:
         ]  # fmt: skip
     lines.append("top = tl.abs(c0)")
     lines += [f"top = tl.maximum(top, tl.abs(c{i}))" for i in range(1, count)]
-    lines += ["unit, first = top / 127.0, 0.0", "inverse = tl.where(top > 0.0, 127.0 / top, 0.0)"]
+    lines += [
+        "unit, first = top / 127.0, 0.0",
+        f"inverse = tl.where(top > {SMALLEST}, 127.0 / tl.maximum(top, {SMALLEST}), 0.0)",
+    ]
     for i in range(count):
         lines += [f"c{i} = c{i} * inverse", f"q{i} = tl.floor(c{i} + 0.5)"]
     lines += [f"t{i // 4} = {_bytes('q{}', i)}{column}" for i in range(0, count, 4)]

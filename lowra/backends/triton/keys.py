@@ -66,7 +66,8 @@ class ProductKey:
 
     dtype: of y. rank: of the factors, rounded up to what a product takes; 0 without. split: a few
     programs share the columns of a tile and the last one adds up. waits: what it reads comes from a
-    kernel that may still be running (programmatic dependent launch).
+    kernel that may still be running (programmatic dependent launch). factor_dtype: of B, where it
+    is another than `dtype`.
     """
 
     target: Target
@@ -77,6 +78,7 @@ class ProductKey:
     bias: bool = False
     split: bool = False
     waits: bool = False
+    factor_dtype: str = ""
 
     @property
     def what(self) -> str:
@@ -86,9 +88,9 @@ class ProductKey:
     def name(self) -> str:
         b = self.blocks
         extra = [
-            *([f"r{self.rank}"] if self.rank else []), *(["bias"] if self.bias else []),
-            *(["split"] if self.split else []), *(["waits"] if self.waits else []),
-        ]  # fmt: skip
+            *([f"r{self.rank}{self.factor_dtype}"] if self.rank else []),
+            *(word for word in ("bias", "split", "waits") if getattr(self, word)),
+        ]
         sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
         return "-".join([self.what, self.target.name, self.dtype, self.weight.text, *extra, sizes])
 

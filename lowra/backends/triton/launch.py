@@ -59,11 +59,12 @@ def product(
     choice = choice or fused(
         weight.key, weight.panels, weight.k, m, x.dtype, processors(device), target
     )
-    place = ("product", m, x.dtype, device, target.name, rank, bias is not None, waits, choice)
+    of = dtype_of_b(x.dtype, factors)
+    place = ("product", m, x.dtype, device, target.name, rank, of, bias is not None, waits, choice)
     plan = weight.form.plans.get(place)
     if plan is None:
         key, grid = product_key(
-            weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, choice
+            weight, m, NAMES[x.dtype], target, rank, bias is not None, waits, choice, of
         )
         tiles = weight.form.tiles_of(key.blocks.rows, device)
         plan = weight.form.keep(place, (launcher_of(key), grid, tiles))
@@ -82,15 +83,24 @@ def product(
 
 def product_key(
     weight: Weight, m: int, dtype: str, target: Target, rank: int, bias: bool, waits: bool,
-    choice: Choice,
+    choice: Choice, factor_dtype: str = "",
 ) -> tuple[LinearKey, tuple[int, int, int]]:  # fmt: skip
     """The kernel of a product with m tokens, and its grid."""
     blocks, parts = choice.blocks, choice.parts
     assert blocks is not None, "an unpacked weight has no kernel that multiplies"
     tiles, token_tiles = tiles_of(weight.panels, m, blocks)
     waits = waits and target.overlaps and rank > 0
-    key = LinearKey(target, weight.key, dtype, blocks, padded_rank(rank), bias, parts > 1, waits)
+    key = LinearKey(
+        target, weight.key, dtype, blocks, padded_rank(rank), bias, parts > 1, waits, factor_dtype
+    )  # fmt: skip
     return key, (tiles, token_tiles, parts)
+
+
+def dtype_of_b(dtype: torch.dtype, factors: tuple[Tensor, Tensor, float] | None) -> str:
+    """Of B in (h, B, scaling), as keys name it beside activations of `dtype`."""
+    if factors is None or factors[1].dtype == dtype:
+        return ""
+    return NAMES.get(factors[1].dtype, "")  # any other is cast
 
 
 def padded_rank(rank: int) -> int:

@@ -105,9 +105,13 @@ def _in_integers(
     takes = integer.takes(weight.key, weight.k, rows.shape[0], fine, target)
     if not takes or rank > MOST_FUSED_RANK:
         return None
+    m, dtype = rows.shape[0], rows.dtype
     try:
+        of = "" if factors is None else launch.dtype_of_b(dtype, factors)
+        given = (weight, m, dtype, fine, target, rank, of, bias is not None, rows.device)
+        plan = integer.planned(*given)
         made, _ = _factors(rows, factors, target)
-        return integer.product(turned, weight, fine, target, bias, made)
+        return integer.product(turned, weight, plan, bias, made)
     except KernelError as error:
         replace_from_now(error)
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
-from lowra.backends.triton.keys import ExpandKey, GatherKey, Key, RoundKey, ShrinkKey
+from lowra.backends.triton.keys import ExpandKey, GatherKey, Key, ProductKey, RoundKey, ShrinkKey
 from lowra.backends.triton.targets import Target
 
 POINTERS = {
@@ -79,8 +79,8 @@ def _type(name: str, key: Key) -> str:
         return "*fp32"
     if name == "out" and isinstance(key, ExpandKey):
         return f"*{SHORT[key.out_dtype]}"
-    if name == "lora_a" and isinstance(key, ShrinkKey):
-        return f"*{SHORT[key.factor_dtype]}"
+    if name in ("lora_a", "lora_b") and isinstance(key, ShrinkKey | ProductKey):
+        return f"*{SHORT[key.factor_dtype or key.dtype]}"
     return POINTERS.get(name, f"*{SHORT[key.dtype]}")
 
 
