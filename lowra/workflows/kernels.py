@@ -11,7 +11,7 @@ from lowra.backends.activations import get_activations
 from lowra.backends.triton import integer
 from lowra.backends.triton.build import source_of
 from lowra.backends.triton.keys import Key, ValuesKey
-from lowra.backends.triton.launch import product_key
+from lowra.backends.triton.launch import product_key, reads_factor
 from lowra.backends.triton.schedule import (
     MOST_FUSED_RANK,
     choose,
@@ -75,7 +75,8 @@ def _product_keys(
     name, bias = NAMES[module.dtype], module.bias is not None
     rank = module.rank if module.rank <= MOST_FUSED_RANK else 0
     factors = module.dtype if module.lora_B is None else module.lora_B.dtype
-    of = "" if factors == module.dtype else NAMES.get(factors, "")
+    own = tokens <= FEW_TOKENS and factors != module.dtype and reads_factor(factors, target)
+    of = NAMES[factors] if own else ""
     kind = "float32" if module.dtype == torch.float32 else get_activations("cuda")
     fine = kind == "int16"
     takes = integer.takes(weight.key, weight.k, tokens, fine, target)

@@ -119,7 +119,8 @@ def test_many_tokens_by_way_of_an_unpacked_weight(
 def test_factors_of_another_dtype_are_read_as_they_are(
     m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As trained ones are beside a model in bfloat16: B in float32 meets the kernel uncast."""
+    """As trained ones are beside a model in bfloat16: B in float32 meets the kernel of few tokens
+    uncast."""
     given: list[torch.dtype] = []
     run = launch.run
 
@@ -133,7 +134,7 @@ def test_factors_of_another_dtype_are_read_as_they_are(
     x, a, b = torch.randn(m, 96).half(), torch.randn(8, 96) / 8, torch.randn(40, 8)
     y = linear.forward(x, packed.op_args(), None, (a, b, 0.5), INTERPRETER)
     want = x.double() @ (packed.dequantize(torch.float64) + 0.5 * b.double() @ a.double()).T
-    assert distance(y, want) < 2e-3 and given == [torch.float32]
+    assert distance(y, want) < 2e-3 and given == [torch.float32 if m == 1 else torch.float16]
 
 
 @pytest.mark.parametrize("m", [3, 40])

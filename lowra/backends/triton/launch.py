@@ -96,6 +96,13 @@ def product_key(
     return key, (tiles, token_tiles, parts)
 
 
+def reads_factor(dtype: torch.dtype, target: Target) -> bool:
+    """Whether products of few tokens read B in its own dtype: casting it would write and read it
+    once more per token. In shared memory it takes that dtype, too; AMD's has no room for float32.
+    """
+    return dtype in NAMES and target.backend != "hip"
+
+
 def dtype_of_b(dtype: torch.dtype, factors: tuple[Tensor, Tensor, float] | None) -> str:
     """Of B in (h, B, scaling), as keys name it beside activations of `dtype`."""
     if factors is None or factors[1].dtype == dtype:

@@ -143,9 +143,9 @@ def _factors(
     if factors is None or factors[0].shape[0] == 0 or not x.numel():
         return None, False
     a, b, scaling = factors
-    # The kernel reads B in its own dtype: casting it would write and read it once more per token.
-    b = (b if b.dtype in launch.NAMES else b.to(x.dtype)).contiguous()
-    few = x.shape[0] <= FEW_TOKENS and a.shape[0] <= 64 and a.dtype in launch.NAMES
+    of_few = x.shape[0] <= FEW_TOKENS
+    b = (b if of_few and launch.reads_factor(b.dtype, target) else b.to(x.dtype)).contiguous()
+    few = of_few and a.shape[0] <= 64 and a.dtype in launch.NAMES
     if few:
         return (launch.shrink(x, a.contiguous(), target), b, scaling), True
     return (functional.linear(x, a.to(x.dtype)), b, scaling), False

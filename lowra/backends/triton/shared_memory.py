@@ -45,7 +45,9 @@ def shared_bytes(
 ) -> int:
     """Of the widest panel's loop, or of the factors behind it, whichever is more."""
     loops = [_loop(weight, panel.width, item_bytes, blocks, target) for panel in weight.panels]
-    factors = (blocks.rows + blocks.tokens) * rank * item_bytes
+    # Beside few tokens B may be in float32 (`launch.reads_factor`).
+    b_bytes = 4 if blocks.tokens <= FEWEST_TOKENS and target.backend != "hip" else item_bytes
+    factors = (blocks.rows * b_bytes + blocks.tokens * item_bytes) * rank
     return max([*loops, factors]) + (BARRIERS if _from_tensor_memory(target) else 0)
 
 
