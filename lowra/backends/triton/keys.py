@@ -22,6 +22,10 @@ class Blocks:
     stages: int
 
 
+ONE_ROW = Blocks(1, 1, 4, 1)
+"""Of what is done to the inputs of one token."""
+
+
 @dataclass(frozen=True)
 class PanelKey:
     """Rows of one width id. aligned: words that every row begins at a multiple of: 4, 2 or 1."""
@@ -80,19 +84,15 @@ class ProductKey:
     waits: bool = False
     factor_dtype: str = ""
 
-    @property
-    def what(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def name(self) -> str:
+    def named(self, what: str) -> str:
+        """The name of a kernel of this kind."""
         b = self.blocks
         extra = [
             *([f"r{self.rank}{self.factor_dtype}"] if self.rank else []),
             *(word for word in ("bias", "split", "waits") if getattr(self, word)),
         ]
         sizes = f"{b.rows}x{b.tokens}w{b.warps}s{b.stages}"
-        return "-".join([self.what, self.target.name, self.dtype, self.weight.text, *extra, sizes])
+        return "-".join([what, self.target.name, self.dtype, self.weight.text, *extra, sizes])
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class LinearKey(ProductKey):
     """x and the products are of `dtype`, too; only h may still be in the making."""
 
     @property
-    def what(self) -> str:
-        return "linear"
+    def name(self) -> str:
+        return self.named("linear")
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class IntegerKey(ProductKey):
     fine: bool = False
 
     @property
-    def what(self) -> str:
-        return "int16" if self.fine else "int8"
+    def name(self) -> str:
+        return self.named("int16" if self.fine else "int8")
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,7 @@ class QuantizeKey:
     orders: tuple[int, ...]
     fine: bool
     signals: bool = False
-    warps: int = 4
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks(1, 1, self.warps, 1)
+    blocks: Blocks = ONE_ROW
 
     @property
     def name(self) -> str:
@@ -191,16 +187,12 @@ class RotateKey:
     dtype: str
     block: int
     back: bool
-    warps: int = 4
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks(1, 1, self.warps, 1)
+    blocks: Blocks = ONE_ROW
 
     @property
     def name(self) -> str:
         way = "back" if self.back else "rotate"
-        return f"{way}-{self.target.name}-{self.dtype}-{self.block}w{self.warps}"
+        return f"{way}-{self.target.name}-{self.dtype}-{self.block}w{self.blocks.warps}"
 
 
 @dataclass(frozen=True)
