@@ -22,15 +22,15 @@ a block does."""
 FINE = 254
 """Of a second level in a first one: it is at most half a step away."""
 SMALLEST = 1e-30
-"""What is no larger is read as zeros: 127 parts of it would have no inverse in float32."""
+"""A step is no less than a 127th of it, so that steps have an inverse in float32."""
 LOOKED_UP = (2, 3, 4)
 """Width ids of rows whose codebooks are rounded; of others, the codes are multiplied."""
 
 
 def as_levels(values: Tensor, fine: bool) -> Tensor:
     """float64 [rows, columns] of float32: every row by its own step."""
-    largest = values.abs().amax(1, keepdim=True)
-    given = values * torch.where(largest > SMALLEST, 127 / largest, 0)
+    largest = values.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
+    given = values * (127 / largest)
     whole = (given + 0.5).floor()
     second = ((given - whole) * FINE + 0.5).floor().double() / FINE if fine else 0
     return (largest / 127).double() * (whole.double() + second)

@@ -50,9 +50,9 @@ def quantize_body(key: QuantizeKey) -> list[str]:
         "finite = tl.abs(v) < float('inf')",
         f"broken = {largest('tl.where(finite, 0, 1)', 0)} > 0",
         "v = tl.where(finite, v, 0.0)",
-        f"top = {largest('tl.abs(v)', 0)}",
+        f"top = tl.maximum({largest('tl.abs(v)', 0)}, {SMALLEST})",
         "step = tl.where(broken, float('nan'), top / 127.0)",
-        f"v *= tl.where(top > {SMALLEST}, 127.0 / tl.maximum(top, {SMALLEST}), 0.0)",
+        "v *= 127.0 / top",
         "q = tl.floor(v + 0.5)",
     ]
     if key.fine:

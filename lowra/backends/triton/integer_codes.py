@@ -101,12 +101,9 @@ def book_lines(key: IntegerKey, width: int) -> list[str]:
             *lines, f"rise, bend = (c1 - c0){column}, ((c2 - c0) * 0.5 - (c1 - c0)){column}",
             "unit, first = 1.0, c0",
         ]  # fmt: skip
-    lines.append("top = tl.abs(c0)")
+    lines.append(f"top = tl.maximum(tl.abs(c0), {SMALLEST})")
     lines += [f"top = tl.maximum(top, tl.abs(c{i}))" for i in range(1, count)]
-    lines += [
-        "unit, first = top / 127.0, 0.0",
-        f"inverse = tl.where(top > {SMALLEST}, 127.0 / tl.maximum(top, {SMALLEST}), 0.0)",
-    ]
+    lines += ["unit, first = top / 127.0, 0.0", "inverse = 127.0 / top"]
     for i in range(count):
         lines += [f"c{i} = c{i} * inverse", f"q{i} = tl.floor(c{i} + 0.5)"]
     lines += [f"t{i // 4} = {_bytes('q{}', i)}{column}" for i in range(0, count, 4)]
