@@ -13,7 +13,8 @@ def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
     others = [r for r in data["rows"].values() if r.get("task") == "gsm8k"]
     yield (
         f"{protocol['model']}; {protocol['train']}; {protocol['test']}; {protocol['batch']} a "
-        f"step; adapter: {protocol['adapter']}; {protocol['schedule']}. Bases named `all` "
+        f"step; adapter: {protocol['adapter']}; {protocol['schedule']}. Bases named `tuned` "
+        'are compiled with `tune="full"`; those named `all` '
         "train norms, codebooks and scales too (`benchmarks/results/finetune_quality.json`)."
     )
     yield ""
