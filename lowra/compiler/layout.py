@@ -2,7 +2,8 @@
 
 As text a layout is `row8-shared16`: how scales lie and in how many bits (`row8`, one per row;
 `64x4`, one per 64 columns; `none`), then whose codebooks are and in how many bits their values
-(`shared16` by the rows of a site, `own8` for each row).
+(`shared16` by the rows of a site, `own8` for each row). `row8-shared16-trellis` stores rows of 1, 2
+and 3 bits as trellis codes (lowra.compiler.trellis).
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from dataclasses import dataclass
 
 from lowra.compiler.compact import CODEBOOK_BITS, PLAIN, SCALE_BITS, Compact
 from lowra.compiler.errors import RecipeError
+from lowra.compiler.packing import width_id
 from lowra.compiler.stored_bits import NO_SCALES, ROW_SCALES, row_bits, site_bits
 
-FORM = re.compile(r"(?:(row|\d{1,6}x)(\d+)|none)-(shared|own)(\d+)")
+FORM = re.compile(r"(?:(row|\d{1,6}x)(\d+)|none)-(shared|own)(\d+)(-trellis)?")
 
 
 @dataclass(frozen=True)
 class Layout:
     """Columns per scale (-1 one per row, 0 none), whether a site's rows share a codebook per width,
-    and in how many bits both are stored. On a site, the layout that was chosen for it (a fact)."""
+    in how many bits both are stored, and whether narrow rows are trellis codes. On a site, the
+    layout that was chosen for it (a fact)."""
 
     group: int = ROW_SCALES
     shared: bool = True
     compact: Compact = PLAIN
+    trellis: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -35,7 +39,7 @@ class Layout:
                 f"layout {text!r} is none: write row8-shared16, 64x4-shared16 or none-own8 (scales "
                 "per row, per 64 columns or none, in so many bits; codebooks shared or a row's own)"
             )
-        scales, scale_bits, owner, codebook_bits = found.groups()
+        scales, scale_bits, owner, codebook_bits, trellis = found.groups()
         group = NO_SCALES if scales is None else ROW_SCALES
         group = int(scales[:-1]) if scales not in (None, "row") else group
         compact = Compact(int(scale_bits or 16), int(codebook_bits))
@@ -50,18 +54,27 @@ class Layout:
             raise RecipeError(
                 f"layout {text!r}: shared codebooks need scales, and a scale 1 to 65536 columns"
             )
-        return cls(group, owner == "shared", compact)
+        if trellis and owner == "own":
+            raise RecipeError(f"layout {text!r}: trellis codes need shared codebooks")
+        return cls(group, owner == "shared", compact, bool(trellis))
 
     def __str__(self) -> str:
         scales = f"row{self.compact.scale_bits}"
         if self.group != ROW_SCALES:
             scales = f"{self.group}x{self.compact.scale_bits}" if self.group else "none"
-        return f"{scales}-{'shared' if self.shared else 'own'}{self.compact.codebook_bits}"
+        trellis = "-trellis" if self.trellis else ""
+        return f"{scales}-{'shared' if self.shared else 'own'}{self.compact.codebook_bits}{trellis}"
+
+    def width_id(self, width: float) -> int:
+        """The id of rows of a width in this layout."""
+        return width_id(width, self.trellis)
 
     def row_bits(self, k: int, width: float) -> int:
         """Stored bits of one row of `k` weights at `width`, with all that it does not share."""
-        return row_bits(k, width, self.group, self.shared, self.compact)
+        id = self.width_id(width)
+        return row_bits(k, id, self.group, self.shared, self.compact)
 
     def site_bits(self, n: int, k: int, widths: tuple[float, ...]) -> int:
         """Stored bits beside the rows of a site [n, k] that holds tables of `widths`."""
-        return site_bits(n, widths, self.shared, self.compact, self.group, k)
+        ids = tuple(map(self.width_id, widths))
+        return site_bits(n, ids, self.shared, self.compact, self.group, k)

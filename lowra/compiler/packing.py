@@ -5,7 +5,9 @@ into tiles of 256; the last tile may be shorter. In a tile of `t` codes of `b` b
 `w = t * b / 32` words, and field `f` of word `v` holds the code of column `k0 + f * w + v`. Codes
 of 3 bits are two planes: the low 2 bits, then the high bit.
 
-Ternary codes: five to a byte, in tiles of 320 columns; see `_pack_ternary`.
+Ternary codes: five to a byte, in tiles of 320 columns; see `_pack_ternary`. Trellis codes of 1, 2
+and 3 bits: what is stored takes planes as other codes do, and names one of twice as many levels
+together with the rows before it; see lowra.compiler.trellis.
 
 Rows are stored by width, widest first; the widths themselves take half a byte each.
 """
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from lowra.compiler import trellis
 
 TILE = 256
 TERNARY_TILE = 320
@@ -34,13 +38,15 @@ class RowFormat:
 
     id: names the format where rows are data: in `row_widths`, in the ops' `panels`, in a file's
     nibble. width: bits per code, and what people and passes call it. levels: values of a codebook.
-    planes: bits of each plane of code bits; none for ternary codes.
+    planes: bits of each plane of code bits; none for ternary codes. trellis: what is stored and a
+    code are two things (lowra.compiler.trellis).
     """
 
     id: int
     width: float
     levels: int
     planes: tuple[int, ...]
+    trellis: bool = False
 
 
 FORMATS = {
@@ -49,24 +55,28 @@ FORMATS = {
         RowFormat(8, 8, 256, (8,)),
         RowFormat(4, 4, 16, (4,)),
         RowFormat(3, 3, 8, (2, 1)),
+        RowFormat(13, 3, 16, (2, 1), trellis=True),
         RowFormat(2, 2, 4, (2,)),
+        RowFormat(12, 2, 8, (2,), trellis=True),
         RowFormat(9, TERNARY, 3, ()),
         RowFormat(1, 1, 2, (1,)),
+        RowFormat(11, 1, 4, (1,), trellis=True),
     )
 }
 """Every row format by id, widest first: the order of panels."""
 
-WIDTHS = tuple(sorted(format_.width for format_ in FORMATS.values()))
-_IDS = {format_.width: format_.id for format_ in FORMATS.values()}
+WIDTHS = tuple(sorted({format_.width for format_ in FORMATS.values()}))
+_IDS = {(format_.width, format_.trellis): format_.id for format_ in FORMATS.values()}
 
 
-def width_id(width: float) -> int:
-    """The id of a width: 9 for 1.6, else the width itself."""
-    return _IDS[width]
+def width_id(width: float, trellis: bool = False) -> int:
+    """The id of a width: 9 for 1.6, else the width itself; 11, 12 and 13 for trellis codes of 1, 2
+    and 3 bits (other widths have none, and keep their id)."""
+    return _IDS.get((width, trellis)) or _IDS[width, False]
 
 
 def width_of(id: int) -> float:
-    """The width that an id names: 1.6 for 9, else the id itself."""
+    """The width that an id names."""
     return FORMATS[id].width
 
 
@@ -87,9 +97,14 @@ def row_words(k: int, id: int) -> int:
 
 
 def pack_rows(codes: Tensor, id: int) -> Tensor:
-    """Pack integer codes [rows, k], below levels_of(id), into a flat int32 tensor."""
+    """Pack integer codes [rows, k], below levels_of(id), into a flat int32 tensor.
+
+    Trellis codes are those of a panel from its first row on; raises ValueError where they are on no
+    path."""
     if not FORMATS[id].planes:
         return _pack_ternary(codes)
+    if FORMATS[id].trellis:
+        codes = trellis.stored_of(codes)
     rows, k = codes.shape
     padded = torch.zeros(rows, padded_columns(k), dtype=torch.int32, device=codes.device)
     padded[:, :k] = codes
@@ -103,6 +118,14 @@ def pack_rows(codes: Tensor, id: int) -> Tensor:
 
 def unpack_rows(words: Tensor, rows: int, k: int, id: int) -> Tensor:
     """The codes [rows, k] as int32 from what `pack_rows` made."""
+    if not FORMATS[id].planes:
+        return _unpack_ternary(words, rows, k)
+    stored = stored_bits_of(words, rows, k, id)
+    return trellis.codes_of(stored) if FORMATS[id].trellis else stored
+
+
+def stored_bits_of(words: Tensor, rows: int, k: int, id: int) -> Tensor:
+    """What the planes of rows of this id hold, int32 [rows, k]: their codes but for a trellis."""
     codes: Tensor | None = None
     start, shift = 0, 0
     for bits in FORMATS[id].planes:
@@ -111,7 +134,8 @@ def unpack_rows(words: Tensor, rows: int, k: int, id: int) -> Tensor:
         field = _unpack_plane(plane, bits, padded_columns(k))
         codes = field if codes is None else codes | (field << shift)
         start, shift = start + rows * per_row, shift + bits
-    return _unpack_ternary(words, rows, k) if codes is None else codes[:, :k]
+    assert codes is not None
+    return codes[:, :k]
 
 
 def _ternary_tiles(k: int) -> list[tuple[int, int]]:
@@ -194,6 +218,20 @@ def _unpack_plane(words: Tensor, bits: int, columns: int) -> Tensor:
         parts.append(((tile >> _shifts(bits, words.device)) & mask).reshape(rows, -1))
         start += count * per_tile
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def runs_of(row_widths: Tensor) -> Tensor | None:
+    """int64 [n]: the run of trellis codes that each row belongs to, -1 for a row of its own; None
+    where all are. Rows of a run keep their order, and are of one width."""
+    runs = torch.full(row_widths.shape, -1, dtype=torch.int64, device=row_widths.device)
+    count = 0
+    for id, format_ in FORMATS.items():
+        rows = (row_widths == id).nonzero().squeeze(1)
+        if format_.trellis and len(rows):
+            inside = torch.arange(len(rows), device=rows.device) // trellis.RUN
+            runs[rows] = count + inside
+            count += int(inside[-1]) + 1
+    return runs if count else None
 
 
 def panels_of(row_widths: Tensor) -> tuple[tuple[int, int], ...]:

@@ -51,10 +51,12 @@ class PackedWeight:
     """A weight [n, k] as stored.
 
     Invariants, checked on construction:
-    - `row_widths` uint8 [n], in original row order: ids of widths, 1, 2, 3, 4, 8, or 9 for 1.6;
+    - `row_widths` uint8 [n], in original row order: ids of widths, 1, 2, 3, 4, 8, 9 for 1.6, and
+      11, 12, 13 for trellis codes of 1, 2, 3 bits, which exclude plain rows of the same width;
     - stored rows are sorted by width, widest first and otherwise in order; a run is a *panel*;
     - `codes` int32, flat: the panels one after another, each as `pack_rows` makes it;
-    - `codebooks` float16, flat: 2^width (1.6 bits: 3) values per panel (shared), or per stored row;
+    - `codebooks` float16, flat: 2^width values (1.6 bits: 3; trellis: twice as many) per panel
+      (shared), or per stored row;
     - `scales` float16, flat [n * groups] in stored row order, or None with `group` = 0;
       `group` = -1 is one scale per row, else columns per scale.
     - `encoded`: by role, what is stored in place of `codebooks` and `scales` where these take fewer
@@ -85,11 +87,13 @@ class PackedWeight:
         if not legal:
             return [(f"a row width's id is not one of {sorted(FORMATS)}", False)]
         words = sum(rows * row_words(self.k, id) for id, rows in self.panels)
+        bits = [width_of(id) for id, _ in self.panels]
         values = self.codebooks.numel()
         factors = self.codebooks[:0] if self.scales is None else self.scales
         scales = factors.numel()
         block = self.rotation.block
         return [
+            ("plain and trellis rows of one width", len(bits) == len({*bits})),
             ("codes are not int32", self.codes.dtype == torch.int32),
             (f"{self.codes.numel()} code words, not {words}", self.codes.numel() == words),
             ("codebooks are not float16", self.codebooks.dtype == torch.float16),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lowra.compiler.errors import CheckpointError
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Version 1 is version 2 without ternary rows, compact scales and codebooks, and corrections."""
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 2 is version 3 without trellis rows; version 1 is that without ternary rows, compact
+scales and codebooks, and corrections."""
 
 MANIFEST = "lowra.json"
 KEYS = {"buffers", "checksum", "sites", "checksums", "fingerprint", "recipe", "plan", "report"}
@@ -78,7 +79,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if type(version) is not int or version not in READABLE:
         raise CheckpointError(
             f"{path} has format version {version}; this lowra reads "
-            f"{' and '.join(map(str, READABLE))}. Install the lowra that wrote it, or compile again"
+            f"{', '.join(map(str, READABLE))}. Install the lowra that wrote it, or compile again"
         )
     if not complete:
         raise CheckpointError(
@@ -86,6 +87,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if manifest["checksum"] != manifest_checksum(manifest):
         raise CheckpointError(f"{file} was damaged or edited; fetch or write the checkpoint again")
+    if version < FORMAT_VERSION:
+        for recipe in (manifest["recipe"], manifest["plan"].get("recipe", {})):
+            recipe["trellis"] = False
     return manifest
 
 

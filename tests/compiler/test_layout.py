@@ -15,6 +15,7 @@ LAYOUTS = [
     ("64x4-shared16", Layout(64, True, Compact(4, 16))),
     ("128x8-own8", Layout(128, False, Compact(8, 8))),
     ("none-own8", Layout(0, False, Compact(16, 8))),
+    ("row8-shared16-trellis", Layout(-1, True, Compact(8, 16), True)),
 ]
 
 
@@ -26,9 +27,12 @@ def test_a_layout_reads_back_from_its_text(text: str, layout: Layout) -> None:
 @pytest.mark.parametrize(("text", "layout"), LAYOUTS)
 def test_its_bits_are_those_of_the_format(text: str, layout: Layout) -> None:
     group, shared, compact = layout.group, layout.shared, layout.compact
-    for width in (1, 1.6, 4):
-        assert layout.row_bits(576, width) == row_bits(576, width, group, shared, compact)
-    assert layout.site_bits(7, 576, (1, 2)) == site_bits(7, (1, 2), shared, compact, group, 576)
+    ids = {1: 11, 1.6: 9, 4: 4} if layout.trellis else {1: 1, 1.6: 9, 4: 4}
+    for width, id in ids.items():
+        assert layout.width_id(width) == id
+        assert layout.row_bits(576, width) == row_bits(576, id, group, shared, compact)
+    site = layout.site_bits(7, 576, (1, 4))
+    assert site == site_bits(7, (ids[1], 4), shared, compact, group, 576)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from lowra.compiler.packing import (
     width_id,
     width_of,
 )
+from lowra.compiler.trellis import codes_of
 
-IDS = [*FORMATS]
+IDS = [id for id, format_ in FORMATS.items() if not format_.trellis]
 TERNARY = width_id(1.6)
 
 
@@ -126,9 +127,20 @@ def test_every_byte_reads_as_five_ternary_digits() -> None:
 
 
 def test_ids_name_widths_and_rows_are_ordered_by_width() -> None:
-    assert [width_of(id) for id in FORMATS] == [8, 4, 3, 2, 1.6, 1]
-    assert [width_id(width_of(id)) for id in FORMATS] == IDS
-    assert [levels_of(id) for id in FORMATS] == [256, 16, 8, 4, 3, 2]
+    assert [width_of(id) for id in FORMATS] == [8, 4, 3, 3, 2, 2, 1.6, 1, 1]
+    assert [width_id(width_of(id)) for id in IDS] == IDS == [8, 4, 3, 2, 9, 1]
+    assert [levels_of(id) for id in IDS] == [256, 16, 8, 4, 3, 2]
+    assert [width_id(width_of(id), trellis=True) for id in IDS] == [8, 4, 13, 12, 9, 11]
+    assert [levels_of(id) for id in (13, 12, 11)] == [16, 8, 4]
+
+
+@pytest.mark.parametrize("id", [11, 12, 13])
+def test_a_trellis_row_stores_what_a_plain_one_of_its_width_does(id: int) -> None:
+    stored = drawn_codes(70, 300, int(width_of(id)))
+    words = pack_rows(codes_of(stored), id)
+    assert torch.equal(words, pack_rows(stored, int(width_of(id))))
+    assert torch.equal(unpack_rows(words, 70, 300, id), codes_of(stored).int())
+    assert row_words(300, id) == row_words(300, int(width_of(id)))
 
 
 def test_padding_is_zero() -> None:

@@ -30,8 +30,9 @@ def test_stored_bits_are_eight_times_the_bytes_of_the_tensors(case: Case) -> Non
     stored = packed.tensors()
     assert packed.stored_bits() == 8 * sum(len(t.numpy().tobytes()) for t in stored.values())
     widths = [width_of(id) for id in case.row_widths]
-    rows = sum(row_bits(case.k, b, case.group, case.shared, case.compact) for b in widths)
-    used = tuple(set(widths))
+    ids = case.row_widths
+    rows = sum(row_bits(case.k, id, case.group, case.shared, case.compact) for id in ids)
+    used = tuple(set(ids))
     assert packed.stored_bits() == rows + site_bits(
         case.n, used, case.shared, case.compact, case.group, case.k
     )

@@ -128,11 +128,11 @@ def test_a_checkpoint_is_a_hugging_face_folder(llama_folder: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["quantization_config"] == {
         "quant_method": "lowra",
-        "format_version": 2,
+        "format_version": 3,
         "bit_budget": 3,
     }
     manifest = read_manifest(llama_folder)
-    assert manifest["format_version"] == 2
+    assert manifest["format_version"] == 3
     assert set(manifest["checksums"]) == set(tensors_of(llama_folder))
 
 

@@ -195,20 +195,24 @@ def test_a_manifest_that_is_no_text_is_found(copied: Copied, stack_folder: Path)
         lowra.load(folder, stack())
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, True, [2]])
+@pytest.mark.parametrize("version", [0, 4, "1", None, True, [2]])
 def test_another_format_version_is_refused_with_the_way_out(
     copied: Copied, stack_folder: Path, version: object
 ) -> None:
     folder = edited(copied(stack_folder), lambda m: m.update(format_version=version))
-    with pytest.raises(CheckpointError, match=r"this lowra reads 1 and 2\. Install the lowra that"):
+    with pytest.raises(CheckpointError, match=r"this lowra reads 1, 2, 3\. Install the lowra that"):
         lowra.load(folder, stack())
 
 
-def test_a_checkpoint_of_version_1_is_read(copied: Copied, stack_folder: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_of_an_older_version_is_read(
+    copied: Copied, stack_folder: Path, version: int
+) -> None:
     def as_it_was(manifest: dict[str, Any]) -> None:
-        manifest["format_version"] = 1
+        manifest["format_version"] = version
         for entry in manifest["sites"].values():
-            del entry["correction"]
+            if version == 1:
+                del entry["correction"]
 
     folder = edited(copied(stack_folder), as_it_was)
     assert lowra.load(folder, stack()) is not None

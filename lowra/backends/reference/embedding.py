@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowra.backends.reference.linear import scale_columns, working_dtype
+from lowra.compiler import trellis
 from lowra.compiler.ops import LIBRARY
-from lowra.compiler.packing import FORMATS, levels_of, row_words, unpack_rows
+from lowra.compiler.packing import FORMATS, levels_of, row_words, stored_bits_of, unpack_rows
 from lowra.compiler.rotation import Rotation, unrotate
 
 
@@ -48,7 +49,7 @@ def few_rows(
     first = 0
     for (id, count), panel, table in zip(pairs, words, codebooks.split(sizes), strict=True):
         inside = (stored - first).clamp(0, count - 1)
-        fields = unpack_rows(_of_rows(panel, inside, count, k, id), inside.shape[0], k, id).long()
+        fields = _codes_of(panel, inside, count, k, id).long()
         own = None if shared else table.view(count, -1)[inside].to(working)
         values = table.to(working)[fields] if own is None else own.gather(1, fields)
         here = (stored >= first) & (stored < first + count)
@@ -59,6 +60,16 @@ def few_rows(
     if not rotation.active:
         rows = rows.to(dtype)
     return unrotate(rows, rotation).to(dtype).view(*ids.shape, k)
+
+
+def _codes_of(words: Tensor, rows: Tensor, count: int, k: int, id: int) -> Tensor:
+    """Codes int32 [rows, k] of some rows of a panel."""
+    if not FORMATS[id].trellis:
+        return unpack_rows(_of_rows(words, rows, count, k, id), rows.shape[0], k, id)
+    behind = trellis.window(rows)
+    read = _of_rows(words, behind.clamp_min(0).reshape(-1), count, k, id)
+    stored = stored_bits_of(read, behind.numel(), k, id).view(*behind.shape, k)
+    return trellis.codes_in_window(torch.where((behind < 0).unsqueeze(2), 0, stored))
 
 
 def _of_rows(words: Tensor, rows: Tensor, count: int, k: int, id: int) -> Tensor:
