@@ -25,6 +25,11 @@ kernel for them. Rows are independent of each other, so results do not depend on
                     the codes given may be given too; computing it takes half as long as a sweep
 
 Values, weights, tables and scales are float32, starts and levels float64.
+
+With `runs` int64 [n], both ops on codes round trellis codes (lowra.compiler.trellis): rows of the
+same number from 0 on are a run of at most 64, in their order and of one width, -1 stands for a row
+of its own. Runs are independent of each other as other rows are. feedback_codes without `upper`
+rounds every column by itself.
 """
 
 from __future__ import annotations
@@ -38,8 +43,10 @@ LIBRARY.define(f"lloyd_shared({_LLOYD}) -> Tensor[]")
 LIBRARY.define(f"lloyd_scales({_LLOYD}) -> (Tensor, Tensor)")
 LIBRARY.define("optimal_levels(Tensor values, Tensor weights, int[] counts) -> Tensor[]")
 _TABLES = "Tensor tables, Tensor? scales, Tensor columns"
-LIBRARY.define(f"feedback_codes(Tensor weight, Tensor upper, {_TABLES}) -> Tensor")
 LIBRARY.define(
-    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, Tensor? slope, int sweeps)"
-    " -> (Tensor, Tensor)"
+    f"feedback_codes(Tensor weight, Tensor? upper, {_TABLES}, Tensor? runs=None) -> Tensor"
+)
+LIBRARY.define(
+    f"descend_codes(Tensor weight, Tensor gram, {_TABLES}, Tensor codes, Tensor? slope, int sweeps,"
+    " Tensor? runs=None) -> (Tensor, Tensor)"
 )

@@ -37,6 +37,8 @@ _FITTING = frozenset({
     "lowra::moments", "lowra::lloyd_rows", "lowra::lloyd_shared", "lowra::lloyd_scales",
     "lowra::optimal_levels", "lowra::feedback_codes", "lowra::descend_codes",
 })  # fmt: skip
+_RUNS: Mapping[str, int] = {"lowra::feedback_codes": 5, "lowra::descend_codes": 8}
+"""Where the runs of trellis codes stand, whose paths no GPU kernel finds: with them, these stay."""
 _ATTENTION: Mapping[Any, Callable[..., Any]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_gradients,
@@ -89,7 +91,7 @@ class Offload(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         compute = _ATTENTION.get(func, func)
-        if not (_may_travel(func) and self._is_worth_it(func, args, kwargs)):
+        if not (_may_travel(func, args) and self._is_worth_it(func, args, kwargs)):
             return func(*args, **kwargs)
         try:
             with self._there():
@@ -168,7 +170,9 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
     return found
 
 
-def _may_travel(func: Any) -> bool:
+def _may_travel(func: Any, args: Any) -> bool:
+    if func.name() in _RUNS:
+        return len(args) <= _RUNS[func.name()] or args[_RUNS[func.name()]] is None
     return _is_product(func) or func in _FACTORISATIONS or func.name() in _FITTING
 
 

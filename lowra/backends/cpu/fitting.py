@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from lowra.backends.cpu.tiers import best_tier
 from lowra.backends.cpu.toolchain import cpu_flags, library, pointer
 from lowra.backends.reference import feedback, lloyd, optimum
 from lowra.backends.reference import moments as plain
+from lowra.backends.reference.paths import places_of
 from lowra.compiler.ops import LIBRARY
+from lowra.compiler.trellis import RUN
 
 
 def moments(x: Tensor, y: Tensor | None) -> Tensor:
@@ -117,46 +120,96 @@ def _run(
 
 
 def feedback_codes(
-    weight: Tensor, upper: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor
-) -> Tensor:
+    weight: Tensor, upper: Tensor | None, tables: Tensor, scales: Tensor | None, columns: Tensor,
+    runs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     built = library("codes")
     if built is None:
-        return feedback.feedback_codes(weight, upper, tables, scales, columns)
+        return feedback.feedback_codes(weight, upper, tables, scales, columns, runs)
+    blocks = blocks_of(len(weight), runs)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    _write_codes(built.lowra_feedback_codes, weight, upper, tables, scales, columns, codes)
-    return codes
+    _write_codes(
+        built.lowra_feedback_codes, blocks, blocks.sorted(weight), upper, tables, scales, columns,
+        codes,
+    )  # fmt: skip
+    return blocks.put_back(codes)
 
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
-    codes: Tensor, slope: Tensor | None, sweeps: int,
+    codes: Tensor, slope: Tensor | None, sweeps: int, runs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     built = library("codes")
     if built is None:
-        return feedback.descend_codes(weight, gram, tables, scales, columns, codes, slope, sweeps)
-    codes = codes.clone(memory_format=torch.contiguous_format)
+        given = (weight, gram, tables, scales, columns, codes, slope, sweeps, runs)
+        return feedback.descend_codes(*given)
+    blocks = blocks_of(len(weight), runs)
+    weight = blocks.sorted(weight)
+    codes = blocks.sorted(codes).clone(memory_format=torch.contiguous_format)
     known = slope is not None
-    start = weight if slope is None else slope
+    start = weight if slope is None else blocks.sorted(slope)
     slope = start.clone(memory_format=torch.contiguous_format)
     _write_codes(
-        built.lowra_descend_codes, weight, gram, tables, scales, columns, codes,
+        built.lowra_descend_codes, blocks, weight, gram, tables, scales, columns, codes,
         pointer(slope), _int(known), _int(sweeps),
     )  # fmt: skip
-    return codes, slope
+    return blocks.put_back(codes), blocks.put_back(slope)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows as codes.cpp takes them: 64 rows of their own, or a run of trellis codes.
+
+    order: int64 [n], the rows block after block; None where they lie so. starts: int64
+    [blocks + 1], the first of each block, then n. runs: int64 [blocks], 1 for a run.
+    """
+
+    order: Tensor | None
+    starts: Tensor
+    runs: Tensor
+
+    def sorted(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else rows[self.order]
+
+    def put_back(self, rows: Tensor) -> Tensor:
+        """The inverse of `sorted`."""
+        if self.order is None:
+            return rows
+        return torch.empty_like(rows).index_copy_(0, self.order, rows)
+
+
+def blocks_of(n: int, runs: Tensor | None) -> Blocks:
+    """The blocks of `n` rows. Raises ValueError for a run that is too long."""
+    alone = n if runs is None else int((runs < 0).sum())
+    starts = [*range(0, alone, RUN)]
+    flags = [0] * len(starts)
+    order = None
+    if runs is not None:
+        places = places_of(runs)
+        order = torch.cat(((runs < 0).nonzero().squeeze(1), places[places < n]))
+        ends = alone + (places < n).sum(1).cumsum(0)
+        starts += [alone, *ends.tolist()[:-1]]
+        flags += [1] * len(ends)
+    return Blocks(order, torch.tensor([*starts, n]), torch.tensor(flags))
 
 
 def _write_codes(
-    kernel: Any, weight: Tensor, matrix: Tensor, tables: Tensor, scales: Tensor | None,
-    columns: Tensor, codes: Tensor, *rest: object,
+    kernel: Any, blocks: Blocks, weight: Tensor, matrix: Tensor | None, tables: Tensor,
+    scales: Tensor | None, columns: Tensor, codes: Tensor, *rest: object,
 ) -> None:  # fmt: skip
-    """Call a kernel of codes.cpp; codes are written in place."""
+    """Call a kernel of codes.cpp on sorted rows; tables and scales are sorted here, codes are
+    written in place."""
     n, k = weight.shape
     scales = torch.ones(n, 1) if scales is None else scales
-    given = [t.float().contiguous() for t in (weight, matrix, tables, scales)]
+    of_rows = (weight, blocks.sorted(tables), blocks.sorted(scales))
+    weight, tables, scales = (t.float().contiguous() for t in of_rows)
+    matrix = None if matrix is None else matrix.float().contiguous()
     columns = columns.long().contiguous()
     kernel(
-        *map(pointer, given), pointer(columns), pointer(codes), _int(n), _int(k),
-        _int(tables.shape[1]), _int(scales.shape[1]), *rest, torch.get_num_threads(),
+        pointer(weight), None if matrix is None else pointer(matrix), pointer(tables),
+        pointer(scales), pointer(columns), pointer(codes), _int(len(blocks.runs)), _int(k),
+        _int(tables.shape[1]), _int(scales.shape[1]), pointer(blocks.starts), pointer(blocks.runs),
+        *rest, torch.get_num_threads(),
     )  # fmt: skip
 
 

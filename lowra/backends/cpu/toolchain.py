@@ -66,10 +66,14 @@ def _explain(why: str) -> None:
     _explained.append(why)
 
 
+PARTS = {"codes": ("codes/block.h", "codes/paths.h")}
+"""What stands before a library's own file, where that is long."""
+
+
 def source_of(name: str) -> str:
-    """The whole C++ text of a library: what all share, then its own file."""
+    """The whole C++ text of a library: what all share, then its own files."""
     folder = resources.files("lowra.backends.cpu") / "sources"
-    files = ("parallel.h", "vectors.h", f"{name}.cpp")
+    files = ("parallel.h", "vectors.h", *PARTS.get(name, ()), f"{name}.cpp")
     return "".join((folder / file).read_text() for file in files)
 
 

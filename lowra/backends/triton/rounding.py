@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,9 +19,13 @@ MOST_SMALL_LEVELS = 16
 
 
 def feedback_codes(
-    weight: Tensor, upper: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor
-) -> Tensor:
+    weight: Tensor, upper: Tensor | None, tables: Tensor, scales: Tensor | None, columns: Tensor,
+    runs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Codes uint8 [n, k]; see the reference."""
+    if upper is None or runs is not None:
+        given = (weight, upper, tables, scales, columns, runs)
+        return _on_cpu(torch.ops.lowra.feedback_codes, given, weight.device)[0]
     given = (weight, upper, tables, scales, columns)
     return service.serve(
         weight.device, lambda target: fed_back(*given, target),
@@ -28,14 +35,23 @@ def feedback_codes(
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, columns: Tensor,
-    codes: Tensor, slope: Tensor | None, sweeps: int,
+    codes: Tensor, slope: Tensor | None, sweeps: int, runs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes uint8 [n, k] and their slope float32 [n, k]; see the reference."""
+    if runs is not None:
+        given = (weight, gram, tables, scales, columns, codes, slope, sweeps, runs)
+        return _on_cpu(torch.ops.lowra.descend_codes, given, weight.device)
     given = (weight, gram, tables, scales, columns, codes, slope, sweeps)
     return service.serve(
         weight.device, lambda target: descended(*given, target),
         lambda: reference.descend_codes(*given),
     )  # fmt: skip
+
+
+def _on_cpu(op: Callable[..., Any], given: Sequence[Any], device: torch.device) -> Any:
+    """What the CPU's kernel gives: a path goes from row to row, which no kernel here does."""
+    found = op(*(t.cpu() if isinstance(t, Tensor) else t for t in given))
+    return tuple(t.to(device) for t in (found if isinstance(found, tuple) else (found,)))
 
 
 def fed_back(

@@ -1,77 +1,29 @@
 // lowra::feedback_codes: error feedback (GPTQ), and lowra::descend_codes: coordinate descent, with a
 // codebook per row.
 //
-// Rows do not depend on each other. A block of ROWS of them lies transposed, [k][ROWS], so that a
+// Rows do not depend on each other, but for those of a run of trellis codes, which are a block. A block of ROWS of them lies transposed, [k][ROWS], so that a
 // vector holds one column of many rows; the k x k matrix streams past it. Inside a panel of PANEL
 // columns changes spread at once, outside it as a small matrix product: HELD vectors of each of TILE
 // columns stay in registers, of which AVX-512 has 32 and others 16.
 
-constexpr int ROWS = 64, VECTORS = ROWS / LANES, PANEL = 32;
-constexpr int HELD = 4, TILE = LANES == 16 ? 4 : 3;
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-struct Column { Vector part[VECTORS]; };
-struct Codes { Bytes part[VECTORS]; };
-
-struct Block {  // everything of ROWS rows, transposed
-    std::vector<Column> weight, thresholds, levels, scales;
-    std::vector<Codes> codes;
-    int64_t levels_used = 1;
-};
-
-static void load(std::vector<Column>& to, const float* from, int64_t rows, int64_t columns) {
-    to.resize(columns);
-    float* lane = reinterpret_cast<float*>(to.data());
-    for (int64_t row = 0; row < ROWS; row++) {
-        const float* source = from + std::min(row, rows - 1) * columns;
-        for (int64_t c = 0; c < columns; c++) lane[c * ROWS + row] = source[c];
+// The value that a column of `wanted` is rounded to, and its codes.
+static void round_to(const Block& block, const Column& wanted, const Column& scale, Column& value,
+                     Codes& codes) {
+    if (block.run) return best_path(block, wanted, scale, value, codes);
+    for (int v = 0; v < VECTORS; v++) {
+        Integers code;
+        value.part[v] = nearest(block, v, wanted.part[v] / scale.part[v], code) * scale.part[v];
+        codes.part[v] = __builtin_convertvector(code, Bytes);
     }
-}
-
-static void load_tables(Block& block, const float* tables, int64_t rows, int64_t count) {
-    load(block.levels, tables, rows, count);
-    block.thresholds.resize(count);
-    block.levels_used = 1;
-    for (int64_t j = 0; j + 1 < count; j++) {
-        bool finite = false;
-        for (int v = 0; v < VECTORS; v++) {
-            Vector above = block.levels[j + 1].part[v];
-            block.thresholds[j].part[v] = (block.levels[j].part[v] + above) / 2;
-            for (int i = 0; i < LANES; i++) finite |= above[i] < __builtin_inff();
-        }
-        if (!finite) break;
-        block.levels_used = j + 2;
-    }
-}
-
-// The nearest level to `wanted` (in units of the scale) in part v of a row block, and its code.
-static Vector nearest(const Block& block, int v, Vector wanted, Integers& code) {
-    Vector level = block.levels[0].part[v];
-    code = Integers{};
-    for (int64_t j = 0; j + 1 < block.levels_used; j++) {
-        const Integers above = block.thresholds[j].part[v] < wanted;
-        code -= above;
-        level = above ? block.levels[j + 1].part[v] : level;
-    }
-    return level;
-}
-
-static void write_codes(const Block& block, uint8_t* codes, int64_t rows, int64_t k) {
-    const uint8_t* lane = reinterpret_cast<const uint8_t*>(block.codes.data());
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t c = 0; c < k; c++) codes[row * k + c] = lane[c * ROWS + row];
 }
 
 static void round_column(Block& block, int64_t column, const Column& scale, float inverse,
                          Column& error) {
-    for (int v = 0; v < VECTORS; v++) {
-        const Vector w = block.weight[column].part[v];
-        Integers code;
-        const Vector level = nearest(block, v, w / scale.part[v], code);
-        error.part[v] = (w - level * scale.part[v]) * inverse;
-        block.codes[column].part[v] = __builtin_convertvector(code, Bytes);
-    }
+    Column value;
+    const Column& wanted = block.weight[column];
+    round_to(block, wanted, scale, value, block.codes[column]);
+    for (int v = 0; v < VECTORS; v++)
+        error.part[v] = (wanted.part[v] - value.part[v]) * inverse;
 }
 
 struct Changes {  // columns that changed, by how much, and their rows of the matrix
@@ -120,19 +72,43 @@ static void feedback_block(Block& block, const float* upper, const int64_t* colu
     }
 }
 
-// weight [n, k], upper [k, k], tables [n, count], scales [n, groups], columns [k] -> codes [n, k]
+// Every column by itself.
+static void round_block(Block& block, const int64_t* columns, int64_t k) {
+    Column value;
+    for (int64_t i = 0; i < k; i++)
+        round_to(block, block.weight[i], block.scales[columns[i]], value, block.codes[i]);
+}
+
+struct Blocks {  // row `starts[b]` begins block b, a run of trellis codes where `runs[b]`
+    const int64_t *starts, *runs;
+    int64_t count;
+};
+
+template <class Body>  // body(block without its tables, first row)
+static void each_block(const Blocks& blocks, int threads, const Body& body) {
+    parallel_rows(blocks.count, 1, threads, [&](int64_t b, int64_t) {
+        Block block;
+        block.rows = blocks.starts[b + 1] - blocks.starts[b];
+        block.run = blocks.runs[b];
+        body(block, blocks.starts[b]);
+    });
+}
+
+// weight [n, k], upper [k, k] or null, tables [n, count], scales [n, groups], columns [k] -> codes
+// [n, k]
 extern "C" void lowra_feedback_codes(const float* weight, const float* upper, const float* tables,
                                      const float* scales, const int64_t* columns, uint8_t* codes,
-                                     int64_t n, int64_t k, int64_t count, int64_t groups,
+                                     int64_t blocks, int64_t k, int64_t count,
+                                     int64_t groups, const int64_t* starts, const int64_t* runs,
                                      int threads) {
-    parallel_rows(n, ROWS, threads, [&](int64_t begin, int64_t end) {
-        Block block;
-        load(block.weight, weight + begin * k, end - begin, k);
-        load_tables(block, tables + begin * count, end - begin, count);
-        load(block.scales, scales + begin * groups, end - begin, groups);
+    each_block({starts, runs, blocks}, threads, [&](Block& block, int64_t begin) {
+        load(block.weight, weight + begin * k, block.rows, k);
+        load_tables(block, tables + begin * count, block.rows, count);
+        load(block.scales, scales + begin * groups, block.rows, groups);
         block.codes.resize(k);
-        feedback_block(block, upper, columns, k);
-        write_codes(block, codes + begin * k, end - begin, k);
+        if (upper) feedback_block(block, upper, columns, k);
+        else round_block(block, columns, k);
+        write_codes(block, codes + begin * k, block.rows, k);
     });
 }
 
@@ -153,16 +129,15 @@ static void load_values(Block& block, const uint8_t* codes, const int64_t* colum
 // One column to its best level; whether that changed any row.
 static bool step(const Block& block, float diagonal, const Column& scale, Column& value,
                  const Column& slope, Column& change, Codes& codes) {
+    Column wanted, now;
     Integers moved = {};
+    for (int v = 0; v < VECTORS; v++) wanted.part[v] = value.part[v] + slope.part[v] / diagonal;
+    round_to(block, wanted, scale, now, codes);
     for (int v = 0; v < VECTORS; v++) {
-        const Vector old = value.part[v], wanted = old + slope.part[v] / diagonal;
-        Integers code;
-        const Vector now = nearest(block, v, wanted / scale.part[v], code) * scale.part[v];
-        moved |= now != old;
-        change.part[v] = now - old;
-        value.part[v] = now;
-        codes.part[v] = __builtin_convertvector(code, Bytes);
+        moved |= now.part[v] != value.part[v];
+        change.part[v] = now.part[v] - value.part[v];
     }
+    value = now;
     int any = 0;
     for (int lane = 0; lane < LANES; lane++) any |= moved[lane];
     return any;
@@ -216,11 +191,11 @@ static void find_slope(Block& block, const float* gram, const std::vector<Column
 // where `known`, and out; the rest as above.
 extern "C" void lowra_descend_codes(const float* weight, const float* gram, const float* tables,
                                     const float* scales, const int64_t* columns, uint8_t* codes,
-                                    int64_t n, int64_t k, int64_t count, int64_t groups,
-                                    float* slopes, int64_t known, int64_t sweeps, int threads) {
-    parallel_rows(n, ROWS, threads, [&](int64_t begin, int64_t end) {
-        const int64_t rows = end - begin;
-        Block block;
+                                    int64_t blocks, int64_t k, int64_t count, int64_t groups,
+                                    const int64_t* starts, const int64_t* runs, float* slopes,
+                                    int64_t known, int64_t sweeps, int threads) {
+    each_block({starts, runs, blocks}, threads, [&](Block& block, int64_t begin) {
+        const int64_t rows = block.rows;
         std::vector<Column> values, slope;
         load_tables(block, tables + begin * count, rows, count);
         load(block.scales, scales + begin * groups, rows, groups);
