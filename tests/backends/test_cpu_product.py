@@ -15,6 +15,7 @@ from lowra.backends.cpu import linear, pieces, product, tiers, toolchain
 from lowra.backends.cpu.activations import activations_for
 from lowra.backends.cpu.emit import KernelKey, emit, key_of
 from lowra.backends.cpu.tiers import TIERS, Tier, best_tier, runnable, usable_flags
+from lowra.compiler import trellis
 from lowra.compiler.ops import DIRECT
 from lowra.compiler.packing import FORMATS, levels_of, width_of
 from lowra.compiler.rotation import Rotation
@@ -31,6 +32,9 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "int16": 4.1e-3, "int8": 1.2e-2}
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+MIXTURES = [(2,), (1, 2, 3, 4, 8, 9), (12,), (4, 8, 9, 11, 12, 13)]
+
+
 @dataclass(frozen=True)
 class Shape:
     n: int
@@ -42,18 +46,28 @@ class Shape:
     seed: int = 0
 
 
+def drawn_codes(widths: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """[n, k] for rows of `widths` (ids), those of trellis panels on their paths."""
+    levels = torch.tensor([levels_of(int(id)) for id in widths])
+    codes = torch.randint(256, (len(widths), k), generator=generator) % levels.view(-1, 1)
+    for id, format_ in FORMATS.items():
+        if format_.trellis:
+            rows = (widths == id).nonzero().squeeze(1)
+            codes[rows] = trellis.codes_of(codes[rows] % (format_.levels // 2))
+    return codes
+
+
 def packed_of(shape: Shape) -> PackedWeight:
     generator = torch.Generator().manual_seed(shape.seed)
     n, k = shape.n, shape.k
     chosen = torch.randint(len(shape.widths), (n,), generator=generator)
     widths = torch.tensor(shape.widths)[chosen]
-    levels = torch.tensor([levels_of(int(id)) for id in widths])
-    codes = torch.randint(256, (n, k), generator=generator) % levels.view(-1, 1)
+    codes = drawn_codes(widths, k, generator)
     tables = torch.randn(n, 264, generator=generator)
     scales = None
     if shape.group:
         scales = torch.rand(n, scale_groups(k, shape.group), generator=generator) + 0.1
-    books: Any = {width_of(b): tables[0, b : b + levels_of(b)] for b in FORMATS}
+    books: Any = {width_of(b): tables[0, b : b + levels_of(b)] for b in shape.widths}
     rotation = Rotation(shape.seed, shape.block)
     return pack_weight(
         codes, widths, books if shape.shared else tables, scales, shape.group, rotation
@@ -97,7 +111,7 @@ def check(shape: Shape, m: int, rank: int, dtype: torch.dtype, tier: Tier, name:
 def test_products_equal_float64(tier: Tier, name: str, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, 800))
     shape = Shape(
-        data.draw(st.integers(1, 45)), k, data.draw(st.sampled_from([(2,), (1, 2, 3, 4, 8, 9)])),
+        data.draw(st.integers(1, 45)), k, data.draw(st.sampled_from(MIXTURES)),
         data.draw(st.sampled_from([-1, 0, 40])), data.draw(st.booleans()),
         data.draw(st.sampled_from([1, k & -k])), data.draw(st.integers(0, 999)),
     )  # fmt: skip
@@ -106,12 +120,29 @@ def test_products_equal_float64(tier: Tier, name: str, data: st.DataObject) -> N
     check(shape, m, data.draw(st.integers(1, 20)), dtype, tier, name)
 
 
-@pytest.mark.parametrize("width", [1, 3, 4, 8, 9])
+@pytest.mark.parametrize("width", [1, 3, 4, 8, 9, 11, 12, 13])
 def test_rows_of_one_width(width: int) -> None:
     for k in (7, 32, 96, 224, 256, 320, 576, 650, 1000, 1290):
         name = activations_for(torch.bfloat16, k)
         for m in (1, 3, 12):
             check(Shape(33, k, (width,), seed=k), m, 16, torch.bfloat16, best_tier(), name)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("tier", "name"), EVERY_KERNEL, ids=NAMES)
+def test_trellis_panels_of_several_runs(tier: Tier, name: str, shared: bool) -> None:
+    for k in (40, 600):
+        shape = Shape(420, k, (11, 12, 13, 9), shared=shared, seed=k)
+        for m in (1, 2, 21):
+            check(shape, m, 3, torch.bfloat16, tier, name)
+
+
+def test_trellis_beside_plain_rows_is_right_if_slow() -> None:
+    """No pass makes such a weight, but a file may hold one."""
+    packed = packed_of(Shape(70, 300, (1, 3, 12), shared=False))
+    x = torch.randn(3, 300)
+    y = launched(x, packed, "int16" if best_tier().vectors else "float32", best_tier())
+    assert worst(y, x, packed, x.double() @ packed.dequantize(torch.float64).T) < 4.1e-3
 
 
 @pytest.mark.skipif(not best_tier().tiles, reason="no AMX")
@@ -120,7 +151,7 @@ def test_tiles_give_what_lanes_give(name: str) -> None:
     """Bit for bit, and beside torch's own products, which set up tiles of their own."""
     amx, lanes = RUNNABLE[:2]
     for k in (30, 64, 600, 1100):
-        packed = packed_of(Shape(83, k, (1, 2, 3, 4, 9), seed=k))
+        packed = packed_of(Shape(83, k, (1, 2, 3, 4, 9) if k % 4 else (4, 9, 12, 13), seed=k))
         x = torch.randn(100, k, generator=torch.Generator().manual_seed(k)).bfloat16()
         dense = packed.dequantize(torch.bfloat16)
         torch_first = x @ dense.T
@@ -132,7 +163,7 @@ def test_tiles_give_what_lanes_give(name: str) -> None:
 @pytest.mark.parametrize("m", [3, 23])
 @pytest.mark.parametrize(("tier", "name"), EVERY_KERNEL, ids=NAMES)
 def test_the_number_of_threads_changes_no_bit(tier: Tier, name: str, m: int) -> None:
-    packed = packed_of(Shape(700, 600, (1, 2, 3, 4, 8, 9), block=8))
+    packed = packed_of(Shape(700, 600, MIXTURES[1 if m == 3 else 3], block=8))
     x, before = torch.randn(m, 600), torch.get_num_threads()
     results = []
     try:
@@ -144,7 +175,7 @@ def test_the_number_of_threads_changes_no_bit(tier: Tier, name: str, m: int) -> 
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("widths", [(2,), (1, 2, 3, 4, 9), (4, 8)])
+@pytest.mark.parametrize("widths", [(2,), (1, 2, 3, 4, 9), (4, 8), (4, 12, 13)])
 def test_hundreds_of_tokens_with_long_rows(widths: tuple[int, ...]) -> None:
     """More than are prepared at a time; rows of one width are neighbours in y, others are not."""
     packed = packed_of(Shape(71, linear.SHORT_ROW + 60, widths, block=4))
@@ -267,7 +298,7 @@ def test_tiles_that_the_system_refuses_are_not_used(
 @pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
 def test_emitting_is_pure(tier: Tier) -> None:
     for name in tier.activations:
-        key = key_of(tier, name, {1, 2, 8}, group_scales=False)
+        key = key_of(tier, name, {1, 12, 8}, group_scales=False)
         assert emit(key) == emit(KernelKey(tier, key.activations, key.widths))
 
 
@@ -287,18 +318,19 @@ def test_x86_compilers_can_build_every_tier(tmp_path: Any) -> None:
     assert compiler is not None
     for tier in TIERS:
         if tier not in RUNNABLE:
-            source = emit(key_of(tier, tier.activations[-1], {2}, group_scales=False))
+            source = emit(KernelKey(tier, tier.activations[-1], (2, 11, 13)))
             toolchain.build(source, compiler, tmp_path / f"{tier.name}.so", tier.options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group", [-1, 40])
+@pytest.mark.parametrize("widths", [(1, 2, 3, 4, 9), (4, 9, 11, 12, 13)])
 def test_many_tokens_go_by_pieces(
-    dtype: torch.dtype, group: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, group: int, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward, with pieces so small that there are several."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 17)
-    packed = packed_of(Shape(300, 576, (1, 2, 3, 4, 9), group, block=64))
+    packed = packed_of(Shape(300, 576, widths, group, block=64))
     dense = packed.dequantize(torch.float64)
     assert len(pieces.pieces(300, 576, 64, dtype)) > 1
     x = torch.randn(2, 70, 576).to(dtype).requires_grad_()
@@ -342,3 +374,11 @@ def test_an_input_changed_in_place_is_rotated_again() -> None:
         y = torch.ops.lowra.quantized_linear(x, *packed.op_args(), None)
         want = x.double() @ dense.T
         assert float((y.double() - want).norm() / want.norm()) < 1e-5
+
+
+def test_a_mixture_has_one_kernel_and_trellis_mixtures_another() -> None:
+    tier = TIERS[0]
+    plain, other = (key_of(tier, "int8", ids, False).widths for ids in ({1, 4}, {4, 11}))
+    assert plain == key_of(tier, "int8", {2, 3, 9}, False).widths and plain != other
+    assert other == key_of(tier, "int8", {9, 12, 13}, False).widths
+    assert key_of(tier, "int8", {13, 8}, False).widths == (13,)

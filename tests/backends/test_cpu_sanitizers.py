@@ -37,6 +37,7 @@ pytestmark = [
 DRIVER = Path(__file__).with_name("sanitized_driver.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O0")
 ALL = (1, 2, 3, 4, 8, 9)
+TRELLIS = (4, 8, 9, 11, 12, 13)
 CASES = [
     (Shape(33, 7, ALL, seed=1), 1, 1),
     (Shape(17, 96, (9,), shared=False, seed=2), 2, 16),
@@ -47,6 +48,11 @@ CASES = [
     (Shape(19, 224, (4, 3), group=40, seed=7), 4, 3),
     (Shape(1, 1, (2,), seed=8), 1, 1),
     (Shape(83, 600, (2, 4), block=8, seed=9), 15, 16),
+    (Shape(150, 7, TRELLIS, shared=False, seed=10), 1, 1),
+    (Shape(33, 650, (13,), seed=11), 3, 5),
+    (Shape(190, 288, TRELLIS, group=32, seed=12), 4, 3),
+    (Shape(201, 570, TRELLIS, seed=13), 1, 0),
+    (Shape(270, 96, (12, 11), seed=14), 19, 2),
 ]
 
 

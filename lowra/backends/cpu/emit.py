@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from lowra.backends.cpu.tiers import Tier
+from lowra.compiler.packing import FORMATS
 
 ELEMENTS = {
     "int8": (1, 1), "int16": (1, 2), "bfloat16": (2, 1), "float32": (4, 1), "values": (4, 1),
@@ -18,10 +19,14 @@ VALUES = "values"
 makes it unpacks values in float32, rotates activations and sums gradients by code; one that did
 both would take twice as long to build."""
 
-LOOKED_UP = (1, 2, 3, 4, 9)
+MIXTURES = ((1, 2, 3, 4, 9), (4, 9, 11, 12, 13))
+"""Ids of widths that one kernel looks up: with plain codes of 1, 2 and 3 bits, and with trellis
+codes. No weight has both, so that code for both would be built in vain."""
+
+LOOKED_UP = tuple(sorted({id for mixture in MIXTURES for id in mixture}))
 """Ids of widths whose codebook fits a register; wider rows are multiplied in float32."""
 
-BEFORE = ("tables", "activations", "tokens", "rows_exact")
+BEFORE = ("tables", "activations", "tokens", "trellis", "rows_exact")
 """Fixed parts in their order, between the vector operations and what multiplies rows."""
 
 
@@ -35,19 +40,21 @@ class KernelKey:
 
     @property
     def name(self) -> str:
-        return f"product-{self.tier.name}-{self.activations}-{''.join(map(str, self.widths))}"
+        return f"product-{self.tier.name}-{self.activations}-{'-'.join(map(str, self.widths))}"
 
 
 def key_of(tier: Tier, activations: str, widths: set[int], group_scales: bool) -> KernelKey:
     """The key that serves a weight with rows of `widths`.
 
-    One kernel serves all mixtures, so that few are ever built; rows that cannot be looked up, for
+    Two kernels serve all mixtures, so that few are ever built; rows that cannot be looked up, for
     their width, their scales or the tier, are multiplied in float32 in any kernel.
     """
-    if group_scales or not tier.vectors or not widths & set(LOOKED_UP):
-        return KernelKey(tier, VALUES if activations == VALUES else "float32", ())
     known = widths & set(LOOKED_UP)
-    return KernelKey(tier, activations, tuple(known) if len(known) == 1 else LOOKED_UP)
+    if group_scales or not tier.vectors or not known:
+        return KernelKey(tier, VALUES if activations == VALUES else "float32", ())
+    if len(known) == 1:
+        return KernelKey(tier, activations, tuple(known))
+    return KernelKey(tier, activations, max(MIXTURES, key=lambda ids: len(known & set(ids))))
 
 
 def looks_up(key: KernelKey, widths: set[int]) -> bool:
@@ -77,11 +84,12 @@ def emit(key: KernelKey) -> str:
         f"constexpr int MOST_TOKENS = {most_tokens};  // that share one reading of the codes",
         _part("product/numbers"),
         _part("product/weight"),
-        *([_part(f"product/{key.tier.vectors}")] if key.widths else []),
+        *(_part(f"product/{key.tier.vectors}{of}") for of in ("", "_tails") if key.widths),
         _part("product/amx") if key.tier.tiles and element == 1 else "",
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
         *(_part(f"product/{name}") for name in (UNPACKED if unpacks else MULTIPLIED)),
+        _part("product/trellis_lanes") if any(trellis(id) for id in key.widths) else "",
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),
@@ -114,43 +122,71 @@ static inline INLINE void each_step(const Body& body) {
 class Unpacking:
     """How the codes of one width come out of a full tile of 256 columns, 16 lanes at a time."""
 
-    planes: tuple[int, ...]
     load: str
     at: str
 
 
 UNPACKING = {
-    1: Unpacking((1,), "p0 = load_half(words[0]);", "shift_halves<2 * S, 2 * S + 1>(p0)"),
-    2: Unpacking((2,), "p0 = load_words(words[0]);", "shift<2 * S>(p0)"),
+    1: Unpacking("p0 = load_half(words[0]);", "shift_halves<2 * S, 2 * S + 1>(p0)"),
+    2: Unpacking("p0 = load_words(words[0]);", "shift<2 * S>(p0)"),
     3: Unpacking(
-        (2, 1), "p0 = load_words(words[0]); p1 = load_half(words[1]);",
+        "p0 = load_words(words[0]); p1 = load_half(words[1]);",
         "choose(low_bits(2), shift<2 * S>(p0), rotate_halves<2 * S - 2, 2 * S - 1>(p1))",
     ),
     4: Unpacking(
-        (4,), "p0 = load_words(words[0]); p1 = load_words(words[0] + 16);",
+        "p0 = load_words(words[0]); p1 = load_words(words[0] + 16);",
         "shift<S / 2 * 4>(S % 2 ? p1 : p0)",
+    ),
+    11: Unpacking(
+        "number_bits(words[0], before, p0, p1);", "shift<S / 2 * 4>(S % 2 ? p1 : p0)"
+    ),
+    12: Unpacking(
+        "number_pairs(words[0], before, p0, p1);", "shift<S / 2 * 4>(S % 2 ? p1 : p0)"
+    ),
+    13: Unpacking(
+        "number_pairs(words[0], before, p0, p1); p2 = load_half(words[1]);",
+        "add_bits(shift<S / 2 * 4>(S % 2 ? p1 : p0), 0x08080808, "
+        "rotate_halves<2 * S - 3, 2 * S - 2>(p2))",
     ),
 }  # fmt: skip
 """Step S covers lanes 16 S to 16 S + 15 of the tile (`arrange` in activations.h): lane i is field
 i / w of word i % w, and a tile is w = 8 words per bit."""
 
 
+def trellis(id: int) -> bool:
+    """Whether rows of this width hold trellis codes."""
+    return FORMATS[id].trellis
+
+
 def codes_of(width: int) -> str:
-    """The struct that walks the codes of a row of `width` bits."""
-    unpacking = UNPACKING[width]
-    words = [f"words[{i}] += {8 * bits};" for i, bits in enumerate(unpacking.planes)]
-    skipped = [f"words[{i}] += tiles * {8 * bits};" for i, bits in enumerate(unpacking.planes)]
-    opened = [f"words[0] = panel.words + row * row_words(k, {unpacking.planes[0]});"]
-    tail = f"gather_tail<{unpacking.planes[0]}>(words[0], t.words, t.wide[s])"
-    if len(unpacking.planes) == 2:
+    """The struct that walks the codes of a row of `width` (an id).
+
+    BITS are stored, PLANE of them in the first plane; what comes out names one of LEVELS, and CLEAR
+    says that the top bit of its bytes is zero.
+    """
+    unpacking, planes = UNPACKING[width], FORMATS[width].planes
+    held = [f"const uint32_t* words[{len(planes)}];"]
+    words = [f"words[{i}] += {8 * bits};" for i, bits in enumerate(planes)]
+    skipped = [f"words[{i}] += tiles * {8 * bits};" for i, bits in enumerate(planes)]
+    opened = [f"words[0] = panel.words + row * row_words(k, {planes[0]});"]
+    tail = f"gather_tail<{planes[0]}>(words[0], t.words, t.wide[s])"
+    if trellis(width):
+        held.append("Before before;")
+        opened.append("before = rows_before(panel, row, k);")
+        tail = f"number_tail<{planes[0]}>(words[0], before, t, s)"
+    if len(planes) == 2:
         high = "panel.words + panel.rows * row_words(k, 2) + row * row_words(k, 1)"
         opened.append(f"words[1] = {high};")
-        tail = f"choose(low_bits(2), {tail}, gather_tail<1>(words[1], t.narrow_words, t.narrow[s]))"
+        last = "gather_tail<1>(words[1], t.narrow_words, t.narrow[s])"
+        joined = f"choose(low_bits(2), {tail}, {last})"
+        added = f"add_bits({tail}, 0x08080808, shift_halves_left<1, 1>({last}))"
+        tail = added if trellis(width) else joined
     return f"""\
 struct Codes{width} {{
-    static constexpr int WIDTH = {width}, PLANE = {unpacking.planes[0]};
-    const uint32_t* words[{len(unpacking.planes)}];
-    Lanes p0{{}}, p1{{}};
+    static constexpr int LEVELS = {FORMATS[width].levels}, BITS = {sum(planes)};
+    static constexpr int PLANE = {planes[0]}, CLEAR = {int(trellis(width))};
+    {" ".join(held)}
+    Lanes p0{{}}, p1{{}}, p2{{}};
     void open(const Panel& panel, int64_t row, int64_t k) {{
         {" ".join(opened)}
     }}

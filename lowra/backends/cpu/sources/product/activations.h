@@ -95,7 +95,7 @@ static char* scratch(int64_t bytes) {
     if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
     return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
 }
-enum { OF_TOKENS, OF_PLAIN_TOKEN, OF_INTEGERS, OF_ROWS, OF_EXACT_ROW };
+enum { OF_TOKENS, OF_PLAIN_TOKEN, OF_INTEGERS, OF_ROWS, OF_EXACT_ROW, OF_ZEROS };
 
 struct Quantized {
     float scale, sum;  // of the integers

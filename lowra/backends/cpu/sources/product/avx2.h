@@ -10,6 +10,7 @@ struct Floats {
     __m256 low, high;
 };
 constexpr int BLOCK = 2;  // rows that share what is loaded of a token
+constexpr bool IN_TURN = true;  // one row of them after another, since registers are few
 constexpr int BLOCK_VECTORS = 1, BLOCK_INPUTS = 4;  // of blocks.h: sums fill most registers
 
 static inline const __m256i* as_vector(const void* from) {
@@ -39,6 +40,10 @@ template <int BY>
 static inline Lanes shift(Lanes words) {
     return shift_halves<BY, BY>(words);
 }
+template <int LOW, int HIGH>
+static inline Lanes shift_halves_left(Lanes words) {
+    return {_mm256_slli_epi32(words.low, LOW), _mm256_slli_epi32(words.high, HIGH)};
+}
 static inline __m256i rotated(__m256i x, int by) {  // to the right
     return _mm256_or_si256(_mm256_srli_epi32(x, by & 31), _mm256_slli_epi32(x, 32 - (by & 31)));
 }
@@ -52,27 +57,22 @@ static inline Lanes choose(Lanes mask, Lanes yes, Lanes no) {  // bit by bit
     };
     return {one(mask.low, yes.low, no.low), one(mask.high, yes.high, no.high)};
 }
+static inline Lanes differing(Lanes a, Lanes b) {
+    return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)};
+}
+static inline Lanes words_of(uint32_t word) { return twice(_mm256_set1_epi32(int(word))); }
+static inline Lanes masked(Lanes words, uint32_t mask) {
+    const __m256i all = _mm256_set1_epi32(int(mask));
+    return {_mm256_and_si256(words.low, all), _mm256_and_si256(words.high, all)};
+}
+// Bits of `added` where the mask has them, to words that have none there.
+static inline Lanes add_bits(Lanes words, uint32_t mask, Lanes added) {
+    added = masked(added, mask);
+    return {_mm256_or_si256(words.low, added.low), _mm256_or_si256(words.high, added.high)};
+}
 static inline Lanes low_bits(int bits) {  // of every element, for joining planes
     const uint32_t element = (1u << bits) - 1;
     return twice(_mm256_set1_epi32(int(ELEMENT == 1 ? element * 0x01010101u : element)));
-}
-
-// How 16 lanes of a tile shorter than 256 columns are gathered from its words.
-struct TailStep {
-    alignas(64) uint32_t word[16], shift[16];
-};
-struct TailWords {};
-static inline TailWords tail_words(int) { return {}; }
-template <int>
-static inline Lanes gather_tail(const uint32_t* from, TailWords, const TailStep& step) {
-    const auto half = [from](const uint32_t* word, const uint32_t* shift) {
-        const __m256i by = _mm256_loadu_si256(as_vector(shift));
-        const __m256i words = _mm256_i32gather_epi32(reinterpret_cast<const int*>(from),
-                                                     _mm256_loadu_si256(as_vector(word)), 4);
-        const __m256i back = _mm256_sub_epi32(_mm256_set1_epi32(32), by);
-        return _mm256_or_si256(_mm256_srlv_epi32(words, by), _mm256_sllv_epi32(words, back));
-    };
-    return {half(step.word, step.shift), half(step.word + 8, step.shift + 8)};
 }
 
 // A table of so many bytes, over and over; one that fills both registers is looked up in two.
@@ -83,18 +83,21 @@ static inline Lanes spread(const uint8_t* table) {
     for (int i = 0; i < 32; i += BYTES) std::memcpy(bytes + i, table, size_t(std::min(BYTES, 32)));
     return twice(_mm256_loadu_si256(as_vector(bytes)));
 }
+// One of 16 words for every lane.
+static inline __m256i pick_words(Lanes words, __m256i lanes) {  // bit 3: of which half
+    const __m256 low = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(words.low, lanes));
+    const __m256 high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(words.high, lanes));
+    const __m256 which = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28));
+    return _mm256_castps_si256(_mm256_blendv_ps(low, high, which));
+}
+template <bool CLEAR = false>  // whether the top bit of every byte is zero
 static inline Lanes look_up(Lanes table, Lanes codes) {
     const auto bytes = [&](__m256i code) {
-        return _mm256_shuffle_epi8(table.low, _mm256_and_si256(code, _mm256_set1_epi8(15)));
-    };
-    const auto floats = [&](__m256i code) {  // bit 3 tells in which half of the table
-        const __m256 low = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table.low, code));
-        const __m256 high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table.high, code));
-        const __m256 which = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
-        return _mm256_castps_si256(_mm256_blendv_ps(low, high, which));
+        if constexpr (CLEAR) return _mm256_shuffle_epi8(table.low, code);
+        else return _mm256_shuffle_epi8(table.low, _mm256_and_si256(code, _mm256_set1_epi8(15)));
     };
     if constexpr (ELEMENT == 1) return {bytes(codes.low), bytes(codes.high)};
-    else return {floats(codes.low), floats(codes.high)};
+    else return {pick_words(table, codes.low), pick_words(table, codes.high)};
 }
 
 static inline Floats floats_of(Lanes bits) {
@@ -116,6 +119,14 @@ static inline Lanes dot_lanes(Lanes sum, Lanes values, Lanes inputs) {
 }
 static inline void add_dot(Lanes& sum, Lanes values, Lanes inputs) {
     sum = dot_lanes(sum, values, inputs);
+}
+// The same where all lanes are added up in the end. Sums of two parts fill the registers: they
+// take one each, and term after term, or gcc would add up in trees and keep these in memory.
+static inline __attribute__((always_inline)) void add_row_dot(Lanes& sum, Lanes values,
+                                                              Lanes inputs) {
+    if constexpr (PARTS == 1) return add_dot(sum, values, inputs);
+    sum.low = dot_half(dot_half(sum.low, values.low, inputs.low), values.high, inputs.high);
+    asm("" : "+x"(sum.low));
 }
 template <int PARTS>  // high and low activations in one
 static inline Floats as_floats(const Lanes* sums) {

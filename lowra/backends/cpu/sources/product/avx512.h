@@ -6,6 +6,7 @@
 using Lanes = __m512i;
 using Floats = __m512;
 constexpr int BLOCK = 4;     // rows that share what is loaded of a token
+constexpr bool IN_TURN = false;  // see avx2.h
 constexpr int BLOCK_VECTORS = 2, BLOCK_INPUTS = 12;  // of blocks.h: sums fill most registers
 
 static inline Lanes load_lanes(const uint8_t* from) { return _mm512_loadu_si512(from); }
@@ -32,6 +33,11 @@ static inline Lanes shift_halves(Lanes words) {
     return _mm512_srlv_epi32(words, by);
 }
 template <int LOW, int HIGH>
+static inline Lanes shift_halves_left(Lanes words) {
+    const Lanes by = _mm512_inserti64x4(_mm512_set1_epi32(LOW), _mm256_set1_epi32(HIGH), 1);
+    return _mm512_sllv_epi32(words, by);
+}
+template <int LOW, int HIGH>
 static inline Lanes rotate_halves(Lanes words) {
     const Lanes by =
         _mm512_inserti64x4(_mm512_set1_epi32(LOW & 31), _mm256_set1_epi32(HIGH & 31), 1);
@@ -40,6 +46,15 @@ static inline Lanes rotate_halves(Lanes words) {
 static inline Lanes choose(Lanes mask, Lanes yes, Lanes no) {  // bit by bit
     return _mm512_ternarylogic_epi32(mask, yes, no, 0xca);
 }
+static inline Lanes differing(Lanes a, Lanes b) { return _mm512_xor_si512(a, b); }
+static inline Lanes words_of(uint32_t word) { return _mm512_set1_epi32(int(word)); }
+static inline Lanes masked(Lanes words, uint32_t mask) {
+    return _mm512_and_si512(words, words_of(mask));
+}
+// Bits of `added` where the mask has them, to words that have none there.
+static inline Lanes add_bits(Lanes words, uint32_t mask, Lanes added) {
+    return _mm512_ternarylogic_epi32(words, words_of(mask), added, 0xf8);
+}
 
 // The lowest bits of every element, for joining planes.
 static inline Lanes low_bits(int bits) {
@@ -47,27 +62,6 @@ static inline Lanes low_bits(int bits) {
     if (ELEMENT == 1) return _mm512_set1_epi32(int(element * 0x01010101u));
     if (ELEMENT == 2) return _mm512_set1_epi32(int(element * 0x00010001u));
     return _mm512_set1_epi32(int(element));
-}
-
-// How 16 lanes of a tile shorter than 256 columns are gathered from its words, at most 32.
-struct TailStep {
-    alignas(64) uint32_t word[16], shift[16];
-};
-struct TailWords {
-    __mmask16 low, high;  // words that are there, of 16 each
-};
-static inline TailWords tail_words(int count) {
-    const auto some = [](int n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0); };
-    return {some(count), some(count - 16)};
-}
-template <int BITS>  // of the plane
-static inline Lanes gather_tail(const uint32_t* from, TailWords there, const TailStep& step) {
-    const Lanes low = _mm512_maskz_loadu_epi32(there.low, from);
-    const Lanes at = _mm512_load_si512(step.word);
-    Lanes words;
-    if constexpr (BITS <= 2) words = _mm512_permutexvar_epi32(at, low);
-    else words = _mm512_permutex2var_epi32(low, at, _mm512_maskz_loadu_epi32(there.high, from + 16));
-    return _mm512_rorv_epi32(words, _mm512_load_si512(step.shift));
 }
 
 template <int BYTES>  // a table of so many bytes, over and over
@@ -93,6 +87,7 @@ static inline Lanes spread(const uint8_t* table) {
     }
 }
 
+template <bool = false>  // see avx2.h
 static inline Lanes look_up(Lanes table, Lanes codes) {
     if constexpr (ELEMENT == 1) return _mm512_permutexvar_epi8(codes, table);
     else if constexpr (ELEMENT == 2) return _mm512_permutexvar_epi16(codes, table);
@@ -118,6 +113,10 @@ static inline __attribute__((always_inline)) void add_dot(Lanes& sum, Lanes valu
     else if constexpr (ELEMENT == 2)
         asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
     else asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(inputs));
+}
+static inline __attribute__((always_inline)) void add_row_dot(Lanes& sum, Lanes values,
+                                                              Lanes inputs) {  // see avx2.h
+    add_dot(sum, values, inputs);
 }
 
 template <int PARTS>  // high and low activations in one

@@ -5,7 +5,7 @@
 template <class Codes>
 static void rows_of(const Weight& w, const Call& c, const Tokens& t, const Panel& panel,
                     int64_t begin, int64_t end) {
-    const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
+    const Tail& tail = plan_tail<Codes::BITS>(w.k);
     for (int64_t row = begin; row < end; row += ROWS) {
         const Batch b = batch_of(w, panel, row, end, ROWS);
         int64_t m = 0;

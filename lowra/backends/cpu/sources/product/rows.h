@@ -41,7 +41,7 @@ static void plan_steps(int64_t lanes, int bits, int to, TailStep* steps) {
 }
 
 // Kept for the last length of a tail, since planning takes as long as some rows.
-template <int width>
+template <int BITS>
 static const Tail& plan_tail(int64_t k) {
     thread_local Tail tail{};
     thread_local int64_t planned = 0;
@@ -51,10 +51,10 @@ static const Tail& plan_tail(int64_t k) {
     tail = Tail{};
     if (!columns) return tail;
     tail.steps = int((lanes + 15) / 16);
-    tail.words = tail_words(int(columns * (width == 3 ? 2 : width) / WORD));
+    tail.words = tail_words(int(columns * first_plane(BITS) / WORD));
     tail.narrow_words = tail_words(int(columns / WORD));
-    plan_steps(lanes, width == 3 ? 2 : width, 0, tail.wide);
-    if (width == 3) plan_steps(lanes, 1, 2, tail.narrow);
+    plan_steps(lanes, int(first_plane(BITS)), 0, tail.wide);
+    if (BITS == 3) plan_steps(lanes, 1, 2, tail.narrow);
     return tail;
 }
 
@@ -135,7 +135,8 @@ static inline INLINE const uint32_t* fetch_ahead(const uint32_t* from) {
 template <class Codes, int M>
 static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, const Tail& tail,
                        const Batch& b, int at, int64_t token, Floats (&out)[M][ROWS]) {
-    constexpr int TABLE = ELEMENT << Codes::WIDTH, INPUTS = M * PARTS;
+    constexpr int TABLE = ELEMENT * Codes::LEVELS, INPUTS = M * PARTS;
+    constexpr int VECTORS = Codes::CLEAR || Codes::BITS > 2 ? 2 : 1;  // of what a tile unpacks to
     Codes codes[BLOCK];
     Lanes tables[BLOCK], sums[BLOCK][INPUTS] = {};
     for (int r = 0; r < BLOCK; r++) {
@@ -146,31 +147,38 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
     const int64_t stride = t.lanes * 4;
     const uint32_t* next = codes[0].words[0] + ahead(w.k, Codes::PLANE);
     [[maybe_unused]] const uint32_t* high = next;  // of the plane of 1 bit
-    if constexpr (Codes::WIDTH == 3) high = codes[0].words[1] + ahead(w.k, 1);
+    if constexpr (Codes::BITS == 3) high = codes[0].words[1] + ahead(w.k, 1);
     const uint8_t* x = t.inputs + token * PARTS * stride;
     for (int64_t tile = 0; tile < padded(w.k) / TILE; tile++, x += 256 * ELEMENT) {
-        next = fetch_ahead<BLOCK * 8 * Codes::PLANE, Codes::WIDTH == 1>(next);
-        if constexpr (Codes::WIDTH == 3) high = fetch_ahead<BLOCK * 8>(high);
-        each_step<BLOCK>([&](auto row) INLINE { codes[decltype(row)::value].load(); });
-        each_step<4 * ELEMENT>([&](auto step) INLINE {
-            constexpr int S = decltype(step)::value;
-            each_step<BLOCK>([&](auto row) INLINE {
-                constexpr int r = decltype(row)::value;
-                const Lanes values = look_up(tables[r], codes[r].template at<S>());
-                each_step<INPUTS>([&](auto part) INLINE {
-                    constexpr int i = decltype(part)::value;
-                    add_dot(sums[r][i], values, load_lanes(x + i * stride + S * 64));
-                });
+        next = fetch_ahead<BLOCK * 8 * Codes::PLANE, Codes::BITS == 1>(next);
+        if constexpr (Codes::BITS == 3) high = fetch_ahead<BLOCK * 8>(high);
+        const auto multiply = [&](auto row, auto step) INLINE {
+            constexpr int r = decltype(row)::value, S = decltype(step)::value;
+            const Lanes values = look_up<Codes::CLEAR>(tables[r], codes[r].template at<S>());
+            each_step<INPUTS>([&](auto part) INLINE {
+                constexpr int i = decltype(part)::value;
+                add_row_dot(sums[r][i], values, load_lanes(x + i * stride + S * 64));
             });
-        });
+        };
+        if constexpr (IN_TURN && VECTORS > 1) {
+            each_step<BLOCK>([&](auto row) INLINE {
+                codes[decltype(row)::value].load();
+                each_step<4 * ELEMENT>([&](auto step) INLINE { multiply(row, step); });
+            });
+        } else {
+            each_step<BLOCK>([&](auto row) INLINE { codes[decltype(row)::value].load(); });
+            each_step<4 * ELEMENT>([&](auto step) INLINE {
+                each_step<BLOCK>([&](auto row) INLINE { multiply(row, step); });
+            });
+        }
     }
     for (int s = 0; s < tail.steps; s++, x += 64)
         each_step<BLOCK>([&](auto row) INLINE {
             constexpr int r = decltype(row)::value;
-            const Lanes values = look_up(tables[r], codes[r].tail(tail, s));
+            const Lanes values = look_up<Codes::CLEAR>(tables[r], codes[r].tail(tail, s));
             each_step<INPUTS>([&](auto part) INLINE {
                 constexpr int i = decltype(part)::value;
-                add_dot(sums[r][i], values, load_lanes(x + i * stride));
+                add_row_dot(sums[r][i], values, load_lanes(x + i * stride));
             });
         });
     each_step<BLOCK * M>([&](auto which) INLINE {
@@ -182,8 +190,8 @@ static void few_tokens(const Weight& w, const Tokens& t, const Panel& panel, con
 // The elements of a stored row, in the order of a token's.
 template <class Codes>
 static void expand_row(const Weight& w, const Panel& panel, int64_t row, uint8_t* out) {
-    const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
-    constexpr int TABLE = ELEMENT << Codes::WIDTH;
+    const Tail& tail = plan_tail<Codes::BITS>(w.k);
+    constexpr int TABLE = ELEMENT * Codes::LEVELS;
     const Lanes table = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
     Codes codes;
     codes.open(panel, row, w.k);
@@ -192,11 +200,11 @@ static void expand_row(const Weight& w, const Panel& panel, int64_t row, uint8_t
         codes.load();
         each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
-            store_lanes(out + S * 64, look_up(table, codes.template at<S>()));
+            store_lanes(out + S * 64, look_up<Codes::CLEAR>(table, codes.template at<S>()));
         });
     }
     for (int s = 0; s < tail.steps; s++)
-        store_lanes(out + s * 64, look_up(table, codes.tail(tail, s)));
+        store_lanes(out + s * 64, look_up<Codes::CLEAR>(table, codes.tail(tail, s)));
 }
 
 // Sums of a batch of rows: block(at) fills `out` from row `at` of the batch on.

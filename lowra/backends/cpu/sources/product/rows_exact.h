@@ -31,9 +31,32 @@ static void unpack_ternary(const uint8_t* bytes, int64_t k, uint8_t* codes) {
     }
 }
 
+// From the stored bits of a trellis row to its codes.
+static void number_levels(const Panel& panel, int64_t row, int64_t k, uint8_t* __restrict codes) {
+    const int64_t bits = first_plane(panel.width);
+    const Before before = rows_before(panel, row, k);
+    const uint32_t* own = panel.words + row * row_words(k, bits);
+    const uint32_t *one = moved(own, before.one), *two = moved(own, before.two);
+    const uint32_t *four = moved(own, before.four), *six = moved(own, before.six);
+    for (int64_t k0 = 0, at = 0; k0 < padded(k); k0 += TILE) {
+        const int64_t count = std::min(TILE, padded(k) - k0) * bits / WORD;
+        for (int64_t field = 0; field < WORD / bits; field++) {
+            uint8_t* __restrict to = codes + k0 + field * count;
+            for (int64_t v = 0; v < count; v++) {
+                const uint32_t low = two[at + v] ^ four[at + v];
+                const uint32_t high = own[at + v] ^ one[at + v] ^ six[at + v];
+                const int64_t by = field * bits;
+                to[v] = uint8_t(to[v] >> 1 << 2 | (high >> by & 1) << 1 | (low >> by & 1));
+            }
+        }
+        at += count;
+    }
+}
+
 // Codes of stored row `row` of a panel; `codes` has room for padded(k).
 static void unpack_row(const Panel& panel, int64_t row, int64_t k, uint8_t* codes) {
-    const int planes[2] = {panel.width == 3 ? 2 : panel.width, panel.width == 3 ? 1 : 0};
+    const int first = int(first_plane(panel.width));
+    const int planes[2] = {first, int(stored_bits(panel.width)) - first};
     const uint32_t* plane = panel.words;
     if (panel.width == TERNARY) {
         const uint32_t* words = plane + row * row_words(k, TERNARY);
@@ -45,6 +68,7 @@ static void unpack_row(const Panel& panel, int64_t row, int64_t k, uint8_t* code
         unpack(plane + row * words, padded(k), planes[p], shift, codes);
         plane += panel.rows * words;
     }
+    if (panel.width > TRELLIS) number_levels(panel, row, k, codes);
 }
 
 // Values of a stored row in float32.

@@ -58,7 +58,8 @@ static void derive(Weight& w) {
             const int levels = levels_of(w.widths[p]);
             if (levels <= 16) {
                 float floats[16];
-                for (int i = 0; i < levels; i++) floats[i] = from_float16(codebook[i]);
+                for (int i = 0; i < levels; i++)
+                    floats[table_place(w.widths[p], i)] = from_float16(codebook[i]);
                 const Steps steps = fill_table(floats, levels, table);
                 affine[0] = steps.step;
                 affine[1] = steps.offset;

@@ -5,7 +5,7 @@
 template <class Codes>
 static void values_of(const Weight& w, const Panel& panel, int64_t row, const Part& part,
                       int64_t at) {
-    constexpr int TABLE = ELEMENT << Codes::WIDTH;
+    constexpr int TABLE = ELEMENT * Codes::LEVELS;
     const float scale = w.scales ? from_float16(panel.scales[row]) : 1.0f;
     const Lanes table = spread<TABLE>(panel.tables + (w.shared ? 0 : row * TABLE));
     Codes codes;
@@ -19,15 +19,15 @@ static void values_of(const Weight& w, const Panel& panel, int64_t row, const Pa
         codes.load();
         each_step<4 * ELEMENT>([&](auto step) INLINE {
             constexpr int S = decltype(step)::value;
-            const Lanes looked_up = look_up(table, codes.template at<S>());
+            const Lanes looked_up = look_up<Codes::CLEAR>(table, codes.template at<S>());
             store_floats(floats_of(looked_up), scale, part.out, at, column + S * 16,
                          part.last_column, part.kind);
         });
     }
     if (column >= part.last_column) return;
-    const Tail& tail = plan_tail<Codes::WIDTH>(w.k);
+    const Tail& tail = plan_tail<Codes::BITS>(w.k);
     for (int s = 0; s < tail.steps; s++) {
-        const Lanes looked_up = look_up(table, codes.tail(tail, s));
+        const Lanes looked_up = look_up<Codes::CLEAR>(table, codes.tail(tail, s));
         store_floats(floats_of(looked_up), scale, part.out, at, column + s * 16,
                      part.last_column, part.kind);
     }

@@ -2,6 +2,7 @@
 
 constexpr int64_t TILE = 256, TERNARY_TILE = 320, WORD = 32, MOST_PANELS = 8;
 constexpr int TERNARY = 9;  // the id of rows of three levels
+constexpr int TRELLIS = 10;  // ids above it: trellis codes of id - 10 stored bits
 
 struct Weight {
     const uint32_t* codes;
@@ -46,12 +47,26 @@ struct Panel {
 };
 
 static inline int64_t padded(int64_t k) { return (k + WORD - 1) / WORD * WORD; }
-static inline int64_t row_words(int64_t k, int64_t bits) {  // or a width id
-    return bits == TERNARY ? (k + 19) / 20 : padded(k) * bits / WORD;
+static inline int64_t stored_bits(int64_t width) {
+    return width > TRELLIS ? width - TRELLIS : width;
 }
-static inline int levels_of(int64_t width) { return width == TERNARY ? 3 : 1 << width; }
+static inline int64_t first_plane(int64_t width) {  // bits of it; the rest are a plane of their own
+    return stored_bits(width) == 3 ? 2 : stored_bits(width);
+}
+static inline int64_t row_words(int64_t k, int64_t width) {  // or bits of a plane
+    return width == TERNARY ? (k + 19) / 20 : padded(k) * stored_bits(width) / WORD;
+}
+static inline int levels_of(int64_t width) {
+    return width == TERNARY ? 3 : width > TRELLIS ? 2 << (width - TRELLIS) : 1 << width;
+}
 static inline int64_t table_bytes(int64_t width) {  // of looked-up elements; a place per power of 2
-    return width == TERNARY ? 4 * ELEMENT : width <= 4 ? int64_t(ELEMENT) << width : 0;
+    return width == TERNARY ? 4 * ELEMENT : levels_of(width) <= 16 ? ELEMENT * levels_of(width) : 0;
+}
+
+// Where a table has a level. Trellis rows that store more than one bit are looked up with the lowest
+// bit of a level's number above the next two: so trellis_lanes.h has them.
+static inline int table_place(int64_t width, int level) {
+    return width > TRELLIS + 1 ? (level & 8) | (level >> 1 & 3) | (level & 1) << 2 : level;
 }
 
 static int64_t tables_of(const Weight& w, int64_t panel) { return w.shared ? 1 : w.rows[panel]; }
