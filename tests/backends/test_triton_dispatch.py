@@ -31,6 +31,7 @@ from lowra.backends.triton.keys import (
     weight_key,
 )
 from lowra.backends.triton.schedule import UNPACKED, choose, unpacks
+from lowra.backends.triton.tables import PAST
 from lowra.backends.triton.targets import INTERPRETER, TARGETS, cuda_target, hip_target
 from lowra.backends.triton.weight import descriptors
 from lowra.compiler.ops import DIRECT
@@ -276,6 +277,11 @@ def test_descriptors_cover_every_row_once_and_every_word() -> None:
         )
         tables = {tile[5] for tile in tiles}
         assert len(tables) == (len(tiles) if own else 4)
+
+
+def test_descriptors_say_how_many_rows_of_its_run_are_above_a_tile() -> None:
+    tiles = descriptors((13, 150, 12, 40), 256, False, 32, torch.device("cpu")).tolist()
+    assert [tile[PAST] for tile in tiles] == [0, 32, 0, 32, 0, 0, 32]
 
 
 def test_the_interpreter_is_a_target_that_no_device_has() -> None:

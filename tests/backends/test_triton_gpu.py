@@ -50,6 +50,8 @@ def test_products_on_a_device_equal_float64() -> None:
             for shape in (
                 Shape(300, 1344, (2,)), Shape(5000, 4096, (1, 2, 3, 4, 8, 9), block=4096),
                 Shape(130, 576, (2, 9), 64, False), Shape(9000, 1344, (2,)),
+                Shape(9000, 1344, (12,)), Shape(5000, 4096, (13, 12, 11), block=4096),
+                Shape(300, 480, (13, 11), 64, False),
             ):  # fmt: skip
                 packed = packed_of(shape)
                 arguments_ = [
@@ -167,8 +169,9 @@ def test_a_product_under_reduce_overhead_leaves_nothing_in_the_memory_of_its_gra
         assert torch.equal(got, run(x))
 
 
-def test_values_and_gradients_on_a_device_equal_the_reference() -> None:
-    packed = packed_of(Shape(700, 1344, (1, 2, 3, 4, 8, 9), 64, block=64))
+@pytest.mark.parametrize("widths", [(1, 2, 3, 4, 8, 9), (4, 11, 12, 13)], ids=str)
+def test_values_and_gradients_on_a_device_equal_the_reference(widths: tuple[int, ...]) -> None:
+    packed = packed_of(Shape(700, 1344, widths, 64, block=64))
     arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
     values = torch.ops.lowra.dequantize(*arguments_, torch.float32)
     torch.testing.assert_close(values.cpu(), packed.dequantize(), rtol=1e-5, atol=1e-6)
@@ -229,7 +232,10 @@ def test_a_model_on_a_device_is_compiled_and_used_there() -> None:
 
 
 def test_gradients_of_tables_on_a_device_equal_float64() -> None:
-    for shape in (Shape(300, 1344, (1, 2, 3, 4, 8, 9)), Shape(130, 2600, (2, 9), 40, False)):
+    for shape in (
+        Shape(300, 1344, (1, 2, 3, 4, 8, 9)), Shape(130, 2600, (2, 9), 40, False),
+        Shape(500, 1344, (11, 12, 13)),
+    ):  # fmt: skip
         weight = packed_of(shape)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             grad, x = drawn(weight, 40, dtype)

@@ -195,3 +195,12 @@ def test_targets_without_byte_permutes_are_left_out() -> None:
     weight = weight_key([2, 64], 256, -1, False, False)
     for target in TARGETS:
         assert integer.takes(weight, 256, 1, False, target) == target.permutes
+
+
+@pytest.mark.parametrize("id", [11, 12, 13])
+def test_trellis_codes_are_left_to_other_kernels(id: int) -> None:
+    weight = weight_key([4, 64, id, 64], 256, -1, False, True)
+    assert not any(integer.takes(weight, 256, 1, fine, TARGETS[1]) for fine in (False, True))
+    packed, x = packed_of(Shape(40, 96, (4, id))), torch.randn(1, 96).bfloat16()
+    y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
+    assert distance(y, x.double() @ packed.dequantize(torch.float64).T) < 1e-2

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import build, launch, linear, schedule, service, workspace
 from lowra.backends.triton.emit import emit
+from lowra.backends.triton.keys import Blocks
 from lowra.backends.triton.schedule import UNPACKED, Choice
 from lowra.backends.triton.targets import INTERPRETER
 from lowra.backends.triton.weight import weight_of
 from lowra.compiler.rotation import Rotation, rotate, unrotate
+from lowra.compiler.trellis import RUN
 from tests.backends.test_cpu_product import Shape, packed_of
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowra[triton]'")
@@ -24,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowr
 # bfloat16: rotated x, h and y are rounded, and the interpreter cuts where a GPU rounds.
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 EVERY = (1, 2, 3, 4, 8, 9)
+TRELLIS = [(11,), (12,), (13,), (13, 12, 11), (8, 4, 13, 12, 9)]
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -68,6 +71,30 @@ def test_any_number_of_tokens(m: int) -> None:
 @pytest.mark.parametrize("widths", [(1,), (4, 1), (8, 2)], ids=str)
 def test_any_number_of_tokens_of_other_widths(widths: tuple[int, ...], m: int) -> None:
     check(Shape(70, 320, widths), m, 0, torch.float32)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.data())
+def test_products_of_trellis_codes_equal_float64(data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, 330))
+    shape = Shape(
+        data.draw(st.integers(1, 150)), k, data.draw(st.sampled_from(TRELLIS)),
+        data.draw(st.sampled_from([-1, 0, 40, 64])), data.draw(st.booleans()),
+        data.draw(st.sampled_from([1, k & -k])), data.draw(st.integers(0, 999)),
+    )  # fmt: skip
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    check(shape, data.draw(st.sampled_from([1, 16, 40, 70])), 0, dtype)
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(32, 2), (64, 4), (128, 4)])
+def test_tiles_of_trellis_rows_begin_anywhere_in_a_run(rows: int, warps: int) -> None:
+    """Runs that a tile shares with the one before, and tiles of two runs."""
+    packed, x = packed_of(Shape(300, 300, (13, 12))), torch.randn(2, 300)
+    weight = weight_of(packed.op_args())
+    choice = Choice(Blocks(rows, 16, warps, 1))
+    y = launch.product(x, weight, INTERPRETER, None, choice=choice)
+    assert all(count > 2 * RUN for count in weight.panels[1::2])
+    assert distance(y, x.double() @ packed.dequantize(torch.float64).T) < 2e-6
 
 
 def test_an_overridden_kernel_is_built_and_run(
@@ -163,6 +190,17 @@ def test_unpacked_values_are_those_of_the_reference_to_the_bit(group: int, share
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("widths", TRELLIS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_unpacked_trellis_values_are_those_of_the_reference_to_the_bit(
+    shared: bool, widths: tuple[int, ...]
+) -> None:
+    for k, group, dtype in ((330, 40, torch.float32), (256, -1, torch.float16)):
+        packed = packed_of(Shape(150, k, widths, group, shared))
+        got = linear.unpacked(packed.op_args(), dtype, INTERPRETER)
+        assert torch.equal(got, reference.stored_rows(*packed.op_args()[:7], dtype))
+
+
 def test_pieces_of_columns_are_those_of_the_whole() -> None:
     packed = packed_of(Shape(40, 3000, EVERY))
     weight = weight_of(packed.op_args())
@@ -182,7 +220,7 @@ def test_rotation_and_its_way_back(block: int) -> None:
     assert distance(back, unrotate(x.double(), rotation)) < 1e-6
 
 
-@pytest.mark.parametrize("widths", [(1, 2, 9), (1, 3, 8)], ids=str)
+@pytest.mark.parametrize("widths", [(1, 2, 9), (1, 3, 8), (12, 13)], ids=str)
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def test_input_gradients_by_pieces(
     dtype: torch.dtype, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,8 @@ from lowra.backends.triton.targets import TARGETS, Target, cuda_target
 BY_NAME = {target.name: target for target in (
     *TARGETS, *filter(None, (cuda_target(8, 6), cuda_target(8, 9), cuda_target(12, 0))),
 )}  # fmt: skip
-WIDTHS = ((1,), (2,), (3,), (4,), (8,), (9,), (2, 1), (4, 9, 2, 1))
+PLAIN = ((1,), (2,), (3,), (4,), (8,), (9,), (2, 1), (4, 9, 2, 1))
+WIDTHS = (*PLAIN, (11,), (12,), (13,), (13, 12, 11))
 TOKENS = (1, 9, 17, 33, 65)
 """Numbers of tokens with different blocks."""
 
@@ -41,18 +42,22 @@ def test_every_product_has_room_in_shared_memory(target: Target, dtype: torch.dt
 
 def test_blocks_that_were_measured_stay() -> None:
     """On an H200, in bfloat16; ternary rows of 65 tokens and more had no room in them."""
-    for widths, m in itertools.product([w for w in WIDTHS if 9 not in w], TOKENS):
+    for widths, m in itertools.product([w for w in PLAIN if 9 not in w], TOKENS):
         key, panels = weight(widths, 8192)
         usual = linear_blocks(m, sum(panels[1::2]), BY_NAME["sm90"])
         assert blocks_of(key, panels, m, torch.bfloat16, BY_NAME["sm90"]) == usual
 
 
-QUICK = [("sm80", "bfloat16", (2, 1), 65), ("sm90", "bfloat16", (9,), 65)]
+QUICK = [
+    ("sm80", "bfloat16", (2, 1), 65), ("sm90", "bfloat16", (9,), 65),
+    ("sm80", "bfloat16", (11,), 65), ("sm90", "bfloat16", (13, 12, 11), 65),
+]  # fmt: skip
 SLOW = [
     ("sm80", "float32", (2,), 65), ("sm86", "float32", (1,), 1), ("sm86", "float32", (1,), 33),
     ("sm100", "bfloat16", (4,), 65), ("sm100", "bfloat16", (9, 1), 65),
     ("gfx942", "bfloat16", (2, 1), 9), ("gfx942", "float32", (1,), 1),
-    ("sm80", "float16", (4,), 65),
+    ("sm80", "float16", (4,), 65), ("sm100", "bfloat16", (12,), 65), ("sm86", "float32", (11,), 1),
+    ("gfx942", "bfloat16", (13,), 9),
 ]  # fmt: skip
 
 

@@ -51,9 +51,15 @@ SM90 = BY_NAME["sm90"]
 SHARED_BYTES = {name: target.shared_bytes for name, target in BY_NAME.items()}
 ALU = ("LOP3", "SHF", "PRMT", "SEL", "ISETP", "IADD3", "LEA")
 """Instructions of which a processor issues 64 lanes per clock, half of its others."""
-BUDGET = {1: (2.4, 1.3), 2: (2.6, 1.45), 3: (2.8, 1.85), 4: (4.2, 3.0), 9: (4.6, 2.2)}
+BUDGET = {
+    1: (2.4, 1.3), 2: (2.6, 1.45), 3: (2.8, 1.85), 4: (4.2, 3.0), 9: (4.6, 2.2),
+    11: (3.0, 1.95), 12: (3.6, 2.55), 13: (5.9, 4.15),
+}  # fmt: skip
 """By width: instructions per weight at 16 tokens on sm90, and those of them for the ALU."""
-ONE_TOKEN = {1: (2.4, 1.3), 2: (3.3, 1.45), 3: (3.0, 1.85), 4: (4.4, 3.0), 9: (4.6, 2.2)}
+ONE_TOKEN = {
+    1: (2.4, 1.3), 2: (3.3, 1.45), 3: (3.0, 1.85), 4: (4.4, 3.0), 9: (4.6, 2.2),
+    11: (4.1, 2.0), 12: (4.1, 2.4), 13: (6.0, 4.15),
+}  # fmt: skip
 """The same at one token: above BUDGET at 2, 3 and 4 bits, and faster on an H200 all the same."""
 INTEGERS = {1: (1.0, 0.6), 2: (1.25, 0.7), 3: (2.4, 1.3), 4: (2.45, 1.6), 9: (2.6, 1.15)}
 """The same of products in 8-bit integers, of one token."""
@@ -83,7 +89,7 @@ def decode(
 ) -> LinearKey:
     """A product of few tokens, as `launch.product` would choose it for many rows."""
     weight = weight_key(panels, k, -1, False, len(panels) > 2)
-    blocks = linear_blocks(m, 8192, target)
+    blocks = blocks_of(weight, (*panels,), m, torch.bfloat16, target)
     waits = target.overlaps and rank > 0
     return LinearKey(target, weight, "bfloat16", blocks, rank, False, True, waits)
 
@@ -207,7 +213,7 @@ def test_unpacked_values_are_looked_up_as_they_are_stored(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm80", "sm90"])
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 11, 12, 13])
 def test_values_go_from_look_up_to_tensor_core_in_registers(width: int, target: str) -> None:
     """No value of W is written to shared memory or passed between lanes on the way."""
     key = decode(BY_NAME[target], [width, 8192])
@@ -217,7 +223,7 @@ def test_values_go_from_look_up_to_tensor_core_in_registers(width: int, target: 
     assert product in compiled(key).texts["ptx"]
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 11, 12, 13])
 def test_loads_are_asynchronous_and_wide(width: int) -> None:
     """Words in 8 bytes per lane, so that they land where they are multiplied; tokens in 16."""
     loop, _ = loop_of(decode(SM90, [width, 8192]), width)
@@ -271,6 +277,29 @@ def test_many_tokens_use_the_tensor_cores_of_each_target(target: str) -> None:
     if target == "sm90":  # the look-up of 256 columns, shared by 128 tokens
         loop, weights = loop_of(key, 2)
         assert sum(loop.values()) / weights < 3.5
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["sm90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm80", "sm100", "gfx942"))],
+)
+def test_mixed_trellis_codes_compile_everywhere(target: str) -> None:
+    """Products of few tokens, with an adapter, and of many; values."""
+    on, panels = BY_NAME[target], [13, 2048, 12, 4096, 11, 2048]
+    few, many = decode(on, panels, 4096, 16), decode(on, panels, 4096, m=128)
+    values = ValuesKey(on, few.weight, "bfloat16", values_blocks())
+    expected = {
+        "sm80": ("ptx", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        "sm90": ("ptx", "wgmma.mma_async.sync.aligned.m64n"), "sm100": ("ptx", "tcgen05.mma"),
+        "gfx942": ("amdgcn", "v_mfma"),
+    }  # fmt: skip
+    for key in (few, many):
+        stage, instruction = expected[target]
+        assert instruction in compiled(key).texts[stage]
+    for key in (few, many, values):
+        assert compiled(key).shared_bytes <= SHARED_BYTES[target]
+        # On sm80, three bits for many tokens want more registers than there are.
+        assert target == "gfx942" or (target, key) == ("sm80", many) or no_spills(machine(key))
 
 
 @pytest.mark.parametrize(

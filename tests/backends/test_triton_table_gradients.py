@@ -8,7 +8,6 @@ import torch
 from lowra.backends.triton import service, table_gradients
 from lowra.backends.triton.targets import INTERPRETER, TARGETS
 from lowra.backends.triton.weight import weight_of
-from lowra.compiler.packing import FORMATS
 from tests.backends.test_cpu_product import Shape, packed_of
 from tests.backends.test_table_gradients import close, drawn, exact
 
@@ -16,7 +15,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowr
 
 CASES = {
     "one width": Shape(40, 300, (2,)),
-    "every width": Shape(50, 96, tuple(FORMATS), block=32),
+    "every width": Shape(50, 96, (1, 2, 3, 4, 8, 9), block=32),
+    "trellis codes": Shape(150, 100, (11, 12, 13), 40),
+    "trellis codes and own codebooks": Shape(70, 300, (4, 12), shared=False),
     "own codebooks": Shape(37, 100, (1, 3, 9), 40, shared=False),
     "no scales": Shape(20, 70, (2, 4), 0),
     "groups across pieces": Shape(6, 1400, (2,), 96),

@@ -33,6 +33,12 @@ class PanelKey:
     width: int
     aligned: int
 
+    @property
+    def text(self) -> str:
+        format_ = FORMATS[self.width]
+        name = f"t{format_.width}" if format_.trellis else f"{self.width}"
+        return name + ("" if self.aligned == 4 else "abc"[self.aligned])
+
 
 @dataclass(frozen=True)
 class WeightKey:
@@ -51,9 +57,7 @@ class WeightKey:
 
     @property
     def text(self) -> str:
-        widths = "".join(
-            f"{p.width}{'' if p.aligned == 4 else 'abc'[p.aligned]}" for p in self.panels
-        )
+        widths = "".join(panel.text for panel in self.panels)
         scales = {0: "none", -1: "row"}.get(self.group, str(self.group))
         flags = [
             name for name, on in (

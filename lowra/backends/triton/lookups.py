@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TABLE_WORDS = {1: 2, 2: 2, 3: 4, 4: 8, 9: 2}
-"""Registers of a table by width id, as `table_words` of tables.py fills them."""
+LIKE = {11: 2, 12: 3, 13: 4}
+"""Trellis codes, and plain ones with as many levels: numbers of the levels are looked up alike."""
+TABLE_WORDS = {1: 2, 2: 2, 3: 4, 4: 8, 9: 2, 11: 2, 12: 4, 13: 8}
+"""Registers of a table by width id, as `table_lines` of tables.py fills them."""
 
 INTERLEAVE = ("0x5140", "0x7362")
 """By half: bytes [w0, w1, w0, w1], the two lower or the two upper ones of both words."""
@@ -92,18 +94,19 @@ class _Block:
 
 
 def look_up(width: int, own: bool) -> LookUp:
-    """The block for words of rows of `width`."""
-    words = 2 if width == 3 else 1
-    fields = 5 if width == 9 else 32 // (2 if width == 3 else width)
-    pack = 4 if width == 9 else 2
+    """The block for words of rows of `width`; of trellis codes, those of `number_lines`."""
+    like = LIKE.get(width, width)
+    words = 2 if like == 3 else 1
+    fields = 5 if like == 9 else 32 // (2 if like == 3 else like)
+    pack = 4 if like == 9 else 2
     outputs = fields * pack // 2
     block = _Block(outputs, TABLE_WORDS[width], pack, own)
-    if width == 9:
+    if like == 9:
         _ternary(block)
     else:
         for half in (0, 1):
-            _WRITERS[width](block, half, half * fields // 2)
-    inputs = pack * TABLE_WORDS[width] + (1 if width == 9 else 2 * words)
+            _WRITERS[like](block, half, half * fields // 2)
+    inputs = pack * TABLE_WORDS[width] + (1 if like == 9 else 2 * words)
     constraints = ",".join(["=&r"] * outputs + ["r"] * inputs)
     return LookUp(
         f"look_up_{width}", block.text(), constraints, TABLE_WORDS[width], words, fields, pack

@@ -9,6 +9,7 @@ from lowra.backends.triton.keys import TERNARY_ID, Blocks, WeightKey
 from lowra.backends.triton.lookups import TABLE_WORDS
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.tiles import TERNARY_FIELD, fields_at_once, shares_scale
+from lowra.backends.triton.trellis_words import TAPS
 from lowra.compiler.packing import FORMATS, TERNARY_TILE, TILE
 
 FEWEST_TOKENS, FEWEST_ROWS = 16, 32
@@ -68,7 +69,7 @@ def _loop(weight: WeightKey, width: int, item_bytes: int, blocks: Blocks, target
         # Tokens are read by the product while the next ones arrive; of W, ternary rows alone pass.
         passing = (5 if _from_tensor_memory(target) else 1) * values if ternary else 0
         return blocks.stages * tokens + later * words + passing + scales
-    stay = halves and target.permutes and width not in (1, TERNARY_ID) and not odd
+    stay = halves and target.permutes and width not in (1, 11, TERNARY_ID) and not odd
     return later * (tokens + words) + (0 if stay else values) + scales
 
 
@@ -76,7 +77,9 @@ def _words(width: int) -> int:
     """Of a row's tile, those that are loaded ahead; codes that look up a table in memory wait."""
     if width not in TABLE_WORDS:
         return 0
-    return 8 * sum(FORMATS[width].planes) or TERNARY_FIELD // 4
+    planes = FORMATS[width].planes
+    earlier = len(TAPS) * planes[0] if FORMATS[width].trellis else 0
+    return 8 * (sum(planes) + earlier) or TERNARY_FIELD // 4
 
 
 def _from_tensor_memory(target: Target) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowra.backends.triton.keys import TERNARY_ID, PanelKey, WeightKey
 from lowra.backends.triton.lookups import TABLE_WORDS
 from lowra.backends.triton.targets import Target
+from lowra.backends.triton.trellis_words import TAPS, number_lines, number_words, past_line
 from lowra.compiler.packing import FORMATS, levels_of
 
 TERNARY_FIELD = 64
@@ -109,7 +110,7 @@ def row_setup(panel: PanelKey) -> list[str]:
     lines = ["full = k // 256", "chunks = (k + 31) // 32"]
     for i, bits in enumerate(FORMATS[panel.width].planes):
         lines.append(f"line{i} = plane{i} + (rw * (chunks * {bits}))[:, None]")
-    return lines
+    return [*lines, past_line()] if FORMATS[panel.width].trellis else lines
 
 
 def tile_lines(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> list[str]:
@@ -140,10 +141,14 @@ def _octets(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator
 
 
 def _full_words(panel: PanelKey, octet: int) -> list[str]:
-    size = field_words(panel.width)
-    words = f"line0 + (t * {size} + {8 * octet} + tl.arange(0, 8))[None, :]"
-    lines = [f"w = {_load('codes + ' + hinted(words, min(2, panel.aligned), 8))}"]
-    if panel.width == 3:
+    size, trellis = field_words(panel.width), FORMATS[panel.width].trellis
+    start = 0 if trellis else 8 * octet
+    words = f"line0 + (t * {size} + {start} + tl.arange(0, 8))[None, :]"
+    words = hinted(words, min(2, panel.aligned), 8)
+    lines = [f"w = {_load(f'codes + {words}')}"]
+    if trellis:
+        lines = [*([] if octet else _pointers(panel, words)), *_words_of_run(8 * octet)]
+    if len(FORMATS[panel.width].planes) == 2:
         # Field f of word v of the upper plane stands beside field f / 2 of word 8 (f % 2) + v.
         place = hinted("line1 + (t * 8 + tl.arange(0, 8))[None, :]", min(2, panel.aligned), 8)
         lines.append(f"h = {_load(f'codes + {place}')}" if octet == 0 else "h = h >> 1")
@@ -156,14 +161,38 @@ def _tail_words(panel: PanelKey, octet: int) -> list[str]:
     lines = [
         f"short = (chunks - full * 8) * {bits}",
         f"v = {8 * octet} + tl.arange(0, 8)",
-        f"w = {_load(f'codes + line0 + (full * {size} + v)[None, :]', '(v < short)[None, :]')}",
     ]
-    if panel.width == 3:
+    words, ok = f"line0 + (full * {size} + v)[None, :]", "(v < short)[None, :]"
+    if FORMATS[panel.width].trellis:
+        lines += [*_pointers(panel, words), *_words_of_run(0, ok)]
+    else:
+        lines.append(f"w = {_load(f'codes + {words}', ok)}")
+    if len(FORMATS[panel.width].planes) == 2:
         above = "(full * 8 + v % (short // 2))[None, :]"
         lines += [
             f"h = {_load(f'codes + line1 + {above}', '(v < short)[None, :]')}",
             "h = h >> (v // (short // 2))[None, :]",
         ]
+    return lines
+
+
+def _pointers(panel: PanelKey, words: str) -> list[str]:
+    """p to words of every row, and p1, p2, ... so many rows above."""
+    above = [f"p - chunks * {tap * FORMATS[panel.width].planes[0]}" for tap in TAPS]
+    aligned = 4 * min(2, panel.aligned)
+    return [
+        f"p = codes + {words}",
+        *(f"p{tap} = {hinted(p, aligned, 8)}" for tap, p in zip(TAPS, above, strict=True)),
+    ]
+
+
+def _words_of_run(later: int, ok: str = "") -> list[str]:
+    """The words w at p and w1, w2, ... above, 0 where the run has no such row."""
+    plus, masks = f" + {later}" if later else "", [ok] if ok else []
+    lines = [f"w = {_load(f'p{plus}', ok)}"]
+    for tap in TAPS:
+        there = " & ".join([*masks, f"(past >= {tap})[:, None]"])
+        lines.append(f"w{tap} = {_load(f'p{tap}{plus}', there)}")
     return lines
 
 
@@ -184,17 +213,24 @@ def _blocks(reading: Reading, width: int, octet: int, tail: bool, use: Use) -> I
 
 
 def _fields(reading: Reading, width: int) -> list[str]:
-    bits = FORMATS[width].planes[0]
-    names = [f"v{i}" for i in range(32 // bits)]
+    """Values v0, v1, ... of a row's fields, of words that are loaded."""
+    names = [f"v{i}" for i in range(32 // FORMATS[width].planes[0])]
+    lines = number_lines(width) if FORMATS[width].trellis else []
+    turns = number_words(width)
+    for i, words in enumerate(turns):
+        lines += _fields_of(reading, width, names[i :: len(turns)], words)
+    return lines
+
+
+def _fields_of(reading: Reading, width: int, names: list[str], words: list[str]) -> list[str]:
     if reading.permutes(width):
-        words = ["w", "h"] if width == 3 else ["w"]
         given = ", ".join([f"t{i}" for i in range(TABLE_WORDS[width])] + words)
         return [f"{', '.join(names)} = look_up_{width}({given})"]
-    lines = []
+    bits, lines = 32 // len(names), list[str]()
     for i, name in enumerate(names):
-        code = f"((w >> {bits * i}) & {(1 << bits) - 1})"
-        if width == 3:
-            code = f"({code} | (((h >> {bits * i}) & 1) << 2))"
+        code = f"(({words[0]} >> {bits * i}) & {(1 << bits) - 1})"
+        if len(words) == 2:
+            code = f"({code} | ((({words[1]} >> {bits * i}) & 1) << {bits}))"
         lines.append(f"{name} = {_from_memory(reading, width, code)}")
     return lines
 

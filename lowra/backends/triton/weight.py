@@ -15,6 +15,7 @@ from lowra.backends.triton.tables import DESCRIPTOR_SIZE
 from lowra.backends.triton.workspace import outside_graphs
 from lowra.compiler.packing import FORMATS, levels_of, row_words
 from lowra.compiler.storage import scale_groups
+from lowra.compiler.trellis import RUN
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 T = TypeVar("T")
@@ -211,7 +212,7 @@ def descriptors(
     panels: tuple[int, ...], k: int, own: bool, rows: int, device: torch.device
 ) -> Tensor:
     """int32 [tiles, 8]: panels cut into tiles of at most `rows` rows, widest first (the longest
-    work); see DESCRIPTOR in tables.py."""
+    work); see DESCRIPTOR and PAST in tables.py."""
     made: list[list[int]] = []
     word = stored = table = 0
     for id, count in zip(panels[0::2], panels[1::2], strict=True):
@@ -221,7 +222,9 @@ def descriptors(
         for first in range(0, count, rows):
             places = [word + first * per_row[0], second + first * per_row[-1]]
             values = table + (first * levels_of(id) if own else 0)
-            made.append([id, stored + first, min(rows, count - first), *places, values, 0, 0])
+            made.append(
+                [id, stored + first, min(rows, count - first), *places, values, first % RUN, 0]
+            )
         word, stored = word + count * sum(per_row), stored + count
         table += levels_of(id) * (count if own else 1)
     assert not made or len(made[0]) == DESCRIPTOR_SIZE
