@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowra.compiler.packing import levels_of, width_id
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight, scale_groups
 from lowra.passes.rounding.panels import put_together, rotated_values, take_apart
 from lowra.passes.tuning.latents import LatentWeight, look_up, nearest, wanted_values
+from tests.compiler.packed_weights import random_codes
 from tests.passes.site_programs import correlated_gram
 
 N, K = 11, 64
@@ -77,6 +79,34 @@ def test_gradients_are_those_of_levels_times_scales_with_the_codes_held(
             assert panel.scale_offset is not None
             relative = scales.grad * scales.detach()
             assert torch.allclose(panel.scale_offset.grad.double(), relative, atol=1e-4)
+
+
+def on_trellis(group: int) -> PackedWeight:
+    """More than a run of rows of 2 bits, and some of other widths, all but those of 4 in runs."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.tensor([12] * 70 + [11, 13, 4] * 3, dtype=torch.uint8)
+    codes = random_codes(ids.tolist(), K, generator)
+    books = {b: torch.randn(levels_of(width_id(b, True)), generator=generator).sort().values
+             for b in (1, 2, 3, 4)}  # fmt: skip
+    scales = 0.5 + torch.rand(len(ids), scale_groups(K, group), generator=generator)
+    return pack_weight(codes, ids, books, scales, group, Rotation(3, 64))
+
+
+@pytest.mark.parametrize("group", [-1, 16])
+def test_latents_of_trellis_codes_start_at_the_stored_ones_and_stay_on_paths(group: int) -> None:
+    weight = on_trellis(group)
+    wild = 3 * torch.randn(weight.n, K, generator=torch.Generator().manual_seed(1))
+    for wanted in (wild, rotated_values(weight)):
+        latent = LatentWeight(weight, wanted)
+        assert equal(latent.stored(), weight)
+        assert torch.allclose(latent.weight(torch.float32), rotated_values(weight), atol=1e-6)
+    moved = LatentWeight(weight, wild)
+    with torch.no_grad():
+        for latents, spacing in moved.latents():
+            latents += spacing * torch.randn(latents.shape)
+    stored = moved.stored()  # packing refuses what is on no path
+    assert not equal(stored, weight)
+    assert torch.allclose(moved.weight(torch.float32), rotated_values(stored), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(4,), (16,), (N, 4)])
