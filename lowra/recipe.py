@@ -23,7 +23,7 @@ PREFIX = 0.3
 TERNARY_BELOW = 2.6
 """Budget from which ternary rows save the default nothing worth their fitting (decision 8)."""
 AUTO_LAYOUTS = (
-    "row8-shared16", "128x4-shared16", "64x4-shared16",
+    "row8-shared16-trellis", "128x4-shared16-trellis", "64x4-shared16-trellis",
 )  # fmt: skip
 """What layouts="auto" offers, the default's first (decision 13)."""
 
@@ -46,7 +46,10 @@ class Recipe:
         and width instead of one per row.
     scale_bits, codebook_bits: what a scale (16, 8 or 4) and a codebook value (16 or 8) take in the
         file; by default 8 and 16.
-    layouts: in place of those four fields, layouts as texts such as "64x4-shared16" (see
+    trellis: rows of 1, 2 and 3 bits are trellis codes: what a row stores names one of twice as many
+        levels together with the rows before it (lowra/compiler/trellis.py). By default wherever
+        codebooks are shared (preset "lowra": nowhere).
+    layouts: in place of those five fields, layouts as texts such as "64x4-shared16" (see
         lowra/compiler/layout.py), of which the planner chooses one per site; "auto": a short list.
     rank, alpha: LoRA rank (0 for no adapter) and alpha; init: "closed-form", "two-sided"
         (rows weighted by sensitivity), "alternate" (the base quantized anew in turn), "loftq" or
@@ -92,6 +95,7 @@ class Recipe:
     scale_bits: int | None = None
     codebook_bits: int | None = None
     layouts: str | tuple[str, ...] | None = None
+    trellis: bool | None = None
     rank: int | str = 16
     alpha: float | None = None
     targets: tuple[str, ...] = ()
@@ -186,7 +190,9 @@ class Recipe:
         shared = shared if self.shared_codebooks is None else self.shared_codebooks
         scales = 16 if self.is_paper or group == 0 else 8
         compact = Compact(self.scale_bits or scales, self.codebook_bits or 16)
-        return Layout(group, shared and group != 0, compact)
+        shared = shared and group != 0
+        trellis = shared and not self.is_paper if self.trellis is None else self.trellis
+        return Layout(group, shared, compact, trellis)
 
     @property
     def candidate_layouts(self) -> tuple[Layout, ...]:

@@ -68,6 +68,10 @@ def check_together(recipe: Recipe) -> None:
     """Fields that cannot stand beside each other. Raises RecipeError."""
     if recipe.shared_codebooks and recipe.group == 0:
         raise RecipeError("shared_codebooks needs scales: use group=-1 or a group size")
+    if recipe.trellis and not (recipe.is_paper or recipe.layout.shared):
+        raise RecipeError(
+            "trellis codes need shared codebooks: leave out shared_codebooks=False and group=0"
+        )
     if recipe.group == 0 and "scales" in recipe.train:
         raise RecipeError("train='scales' needs scales: use group=-1 or a group size")
     _check_preset(recipe)
@@ -99,7 +103,7 @@ def _quantizing_anew(recipe: Recipe) -> dict[str, bool]:
 
 
 def _check_types(recipe: Recipe) -> None:
-    for name in ("rotation", "shared_codebooks", "count_adapters", "rslora"):
+    for name in ("rotation", "shared_codebooks", "count_adapters", "rslora", "trellis"):
         if not isinstance(getattr(recipe, name), (bool, type(None))):
             raise RecipeError(f"{name}={getattr(recipe, name)!r} must be true or false")
     if recipe.alpha is not None and not is_positive(recipe.alpha):
@@ -176,7 +180,7 @@ def _check_choosing(recipe: Recipe) -> None:
     """What cannot stand beside layouts to choose from."""
     if recipe.layouts is None:
         return
-    for name in ("group", "shared_codebooks", "scale_bits", "codebook_bits"):
+    for name in ("group", "shared_codebooks", "scale_bits", "codebook_bits", "trellis"):
         if getattr(recipe, name) is not None:
             raise RecipeError(
                 f"{name}={getattr(recipe, name)!r} fixes what layouts= chooses; leave one out"
@@ -200,7 +204,7 @@ def _check_preset(recipe: Recipe) -> None:
         "widths": TERNARY in (recipe.widths or ()),
         "scale_bits": recipe.scale_bits not in (None, 16),
         "codebook_bits": recipe.codebook_bits not in (None, 16),
-        "layouts": recipe.layouts is not None,
+        "layouts": recipe.layouts is not None, "trellis": bool(recipe.trellis),
     }  # fmt: skip
     changed = [name for name, differs in fixed.items() if differs]
     if recipe.is_paper and changed:

@@ -66,6 +66,7 @@ def _codebooks(recipe: Recipe) -> FitCodebooks:
         threshold_average=recipe.threshold_average or AVERAGES[0],
         scale_bits=layout.compact.scale_bits,
         codebook_bits=layout.compact.codebook_bits,
+        trellis=layout.trellis,
         layouts=tuple(map(str, layouts)) if len(layouts) > 1 else (),
     )
 

@@ -212,10 +212,24 @@ def test_a_recipe_without_a_budget_is_refused() -> None:
 def test_the_default_pipeline_as_text() -> None:
     assert text(bit_budget=1.5) == (
         "normalize-linears collect-statistics measure-sensitivity rotate-inputs{rule=measured} "
-        "fit-codebooks{widths=1,1.6,2,3,4 scale_bits=8} "
+        "fit-codebooks{widths=1,1.6,2,3,4 scale_bits=8 trellis=true} "
         "assign-precision{budget=1.5} compare-uniform{budget=1.5} quantize-weights{prefix=0.3} "
         "initialize-adapters rewrite-linears"
     )
+
+
+def test_trellis_codes_are_the_default_where_codebooks_are_shared() -> None:
+    assert (
+        Recipe(bit_budget=2).layout.trellis
+        and not Recipe(bit_budget=2, trellis=False).layout.trellis
+    )
+    for plain in ({"shared_codebooks": False}, {"group": 0}, {"preset": "lowra"}):
+        recipe = Recipe(**{"bit_budget": 2, **plain})
+        assert not recipe.layout.trellis and "trellis" not in print_pipeline(recipe.passes())
+        with pytest.raises(RecipeError, match="trellis"):
+            Recipe(**{"bit_budget": 2, "trellis": True, **plain})
+    with pytest.raises(RecipeError, match="trellis=False fixes what layouts= chooses"):
+        Recipe(bit_budget=2, trellis=False, layouts="auto")
 
 
 def test_layouts_to_choose_from_are_all_fitted_and_chosen_with_the_budget() -> None:
@@ -232,8 +246,9 @@ def test_layouts_to_choose_from_are_all_fitted_and_chosen_with_the_budget() -> N
 
 
 def test_one_layout_is_no_choice_and_the_automatic_list_begins_with_the_default() -> None:
-    one = text(bit_budget=2, layouts="64x4-shared16")
-    assert one == text(bit_budget=2, group=64, scale_bits=4)
+    for layout, trellis in (("64x4-shared16", False), ("64x4-shared16-trellis", True)):
+        one = text(bit_budget=2, layouts=layout)
+        assert one == text(bit_budget=2, group=64, scale_bits=4, trellis=trellis)
     auto = Recipe(bit_budget=2, layouts="auto")
     assert auto.layout == Recipe(bit_budget=2).layout and len(auto.candidate_layouts) > 1
     assert auto == Recipe.from_dict(json.loads(json.dumps(auto.to_dict())))

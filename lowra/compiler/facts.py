@@ -96,13 +96,15 @@ class RotationTrial:
 class Codebooks:
     """Levels, scales and expected loss of every row at every candidate width.
 
-    levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; 3 values for b = 1.6; ascending.
+    levels[b]: float32 [n, 2^b] per row, or [2^b] where `shared`; 3 values for b = 1.6, twice as
+        many for trellis codes; ascending.
     scales[b]: float32 [n, groups] or None where the levels carry the scale.
     absmax: scales are the largest magnitude of their group, and follow the weight (QLoRA, LowRA).
     thresholds[b]: float32 [n, 2^b - 1], ascending: plain rounding sends values between two of them
         to one level. None for the middles between levels. Not stored: codes and levels suffice.
     compact: in how many bits scales and levels are stored; both are rounded to it already.
     span: float16 [2], the grid of compact scales per row, the same at every width.
+    trellis: rows of 1, 2 and 3 bits are trellis codes.
     loss: float64 [n, len(widths)], expected cost of rounding the row (see fit-codebooks).
     """
 
@@ -116,10 +118,16 @@ class Codebooks:
     thresholds: Mapping[float, Tensor] | None = None
     compact: Compact = PLAIN
     span: Tensor | None = None
+    trellis: bool = False
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.group, self.shared, self.compact)
+        return Layout(self.group, self.shared, self.compact, self.trellis)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The width ids of rows of `widths`."""
+        return tuple(map(self.layout.width_id, self.widths))
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class LayoutFits:
 
 @dataclass(frozen=True)
 class Precision:
-    """Width of each row, by its id (9 for 1.6 bits, else the width): uint8 [n]."""
+    """Width of each row, by its id (lowra.compiler.packing.FORMATS): uint8 [n]."""
 
     row_widths: Tensor
 

@@ -14,7 +14,7 @@ from lowra.compiler.dataflow import siblings
 from lowra.compiler.errors import BudgetError, RecipeError
 from lowra.compiler.facts import AdapterRank, Assigned, Codebooks, Precision, Proof
 from lowra.compiler.layout import Layout
-from lowra.compiler.packing import TERNARY, width_id
+from lowra.compiler.packing import TERNARY
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site, select
 from lowra.compiler.progress import stage
@@ -230,12 +230,12 @@ def _with_plan(
     bound = plan.bound if ranks is None else None  # of the joint program nothing is proven
     proof = Proof(plan.cost, plan.bits, budget, bound, plan.price)
     ends = np.cumsum([site.n for site in program.sites])[:-1]
-    ids = np.asarray([*map(width_id, widths)], dtype=np.uint8)
-    chosen = np.split(ids[plan.choice], ends)
+    chosen = np.split(plan.choice, ends)
     lost = np.split(cost[np.arange(len(cost)), plan.choice], ends)
     facts: dict[str, list[object]] = {}
     for site, part, loss in zip(program.sites, chosen, lost, strict=True):
-        precision = Precision(torch.from_numpy(part.copy()))
+        ids = np.asarray(program.fact(site.name, Codebooks).ids, dtype=np.uint8)
+        precision = Precision(torch.from_numpy(ids[part]))
         facts[site.name] = [precision, Assigned(float(loss.sum()), proof)]
     for site, rank in zip(program.sites, ranks or (), strict=False):
         facts[site.name].append(AdapterRank(rank))

@@ -20,7 +20,6 @@ from lowra.compiler.facts import (
     Statistics,
 )
 from lowra.compiler.layout import Layout
-from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
@@ -120,10 +119,11 @@ def _layouts(program: Program) -> list[dict[str, Layout] | None]:
 
 def _uniform(program: Program, width: float) -> Program:
     """The program with one width for all rows."""
-    ids = (torch.full((s.n,), width_id(width), dtype=torch.uint8) for s in program.sites)
-    return program.with_facts(
-        {s.name: [Precision(rows)] for s, rows in zip(program.sites, ids, strict=True)}
-    )
+    facts: dict[str, list[object]] = {}
+    for site in program.sites:
+        id = program.fact(site.name, Codebooks).layout.width_id(width)
+        facts[site.name] = [Precision(torch.full((site.n,), id, dtype=torch.uint8))]
+    return program.with_facts(facts)
 
 
 def _plan(program: Program) -> dict[str, Precision]:

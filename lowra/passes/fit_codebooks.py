@@ -12,7 +12,7 @@ from lowra.compiler.compact import PLAIN, Compact, round_levels, round_scales, s
 from lowra.compiler.errors import RecipeError, WeightError
 from lowra.compiler.facts import Codebooks, LayoutFits, Statistics
 from lowra.compiler.layout import Layout
-from lowra.compiler.packing import width_id
+from lowra.compiler.packing import FORMATS, runs_of
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
@@ -25,6 +25,7 @@ from lowra.passes.rounding.paper_mappings import block_absmax, learn_mapping
 from lowra.passes.rounding.quantizer import row_tables, rows_of
 from lowra.passes.rounding.refine import Rounded
 from lowra.passes.rounding.stored_books import books_from, flat_books
+from lowra.passes.rounding.trellis_fit import fit_trellis
 
 SAMPLED_ROWS = 48
 """Rows per site whose error feedback is measured to correct the expected loss."""
@@ -41,6 +42,8 @@ class FitCodebooks(Pass):
     rule "paper": LowRA (ICML 2025, section 5): absmax scales, start at NormalFloat, weight absmax,
     2 iterations, blind to inputs; `threshold_average` says what its thresholds are averaged over
     (see `learn_mapping`).
+    trellis: rows of 1, 2 and 3 bits are trellis codes (lowra.compiler.trellis), over shared
+    codebooks.
     scale_bits, codebook_bits: in what scales (16, 8, 4) and levels (16, 8) are stored; both are
     rounded to it here, so that every later choice sees what the file will hold.
     layouts: fit each of these layouts (lowra.compiler.layout) instead, for choose-layouts to pick
@@ -60,6 +63,7 @@ class FitCodebooks(Pass):
     threshold_average: str = "iterations"
     scale_bits: int = 16
     codebook_bits: int = 16
+    trellis: bool = False
     layouts: tuple[str, ...] = ()
 
     def run(self, program: Program) -> Program:
@@ -69,6 +73,8 @@ class FitCodebooks(Pass):
             raise RecipeError("rule=paper stores scales and codebooks in 16 bits")
         if self.rule == "paper" and self.layouts:
             raise RecipeError("rule=paper has one layout: leave layouts out")
+        if self.trellis and (self.rule == "paper" or not self.shared):
+            raise RecipeError("trellis codes need shared codebooks and rule=default")
         facts: dict[str, list[object]] = {}
         moments = MomentsReader(program)
         with stage("codebooks", len(program.sites)) as bar:
@@ -95,6 +101,7 @@ class FitCodebooks(Pass):
         return replace(
             self, layouts=(), group=layout.group, shared=layout.shared,
             scale_bits=layout.compact.scale_bits, codebook_bits=layout.compact.codebook_bits,
+            trellis=layout.trellis,
         )  # fmt: skip
 
     def _kept(self, program: Program, site: Site, moments: MomentsReader) -> Codebooks:
@@ -102,9 +109,7 @@ class FitCodebooks(Pass):
         stored = program.spill.tensors(
             self._key(program, site), lambda: flat_books(self._fit(program, site, moments))
         )
-        paper = self.rule == "paper"
-        layout = Layout(self.group, self.shared and not paper, self._compact)
-        return books_from(stored, self.widths, layout, absmax=paper)
+        return books_from(stored, self.widths, self._layout, absmax=self.rule == "paper")
 
     def _key(self, program: Program, site: Site) -> tuple[str, ...]:
         """What the fit of a site depends on."""
@@ -112,6 +117,11 @@ class FitCodebooks(Pass):
         sources = (str(s and s.path.name) for s in (statistics.gram, statistics.sensitivity))
         rotation = str(program.fact(site.name, Rotation))
         return (repr(self), program.fingerprint, rotation, *sources, site.name)
+
+    @property
+    def _layout(self) -> Layout:
+        shared = self.shared and self.rule != "paper"
+        return Layout(self.group, shared, self._compact, self.trellis)
 
     @property
     def _compact(self) -> Compact:
@@ -137,9 +147,12 @@ class FitCodebooks(Pass):
         scales: dict[float, Tensor] = {}
         losses: list[Tensor] = []
         start = self._first_scales(weight)
-        fits = self._lloyd(*_normalized(weight, variance, start, self.group))
+        values = _normalized(weight, variance, start, self.group)
+        fits = self._lloyd(*values)
         for width, first in zip(self.widths, fits, strict=True):
-            fit, scale = self._with_scales(first, weight, variance, start)
+            if self._on_trellis(width):
+                first = fit_trellis(*values, first)
+            fit, scale = self._with_scales(first, weight, variance, start, self._on_trellis(width))
             levels[width] = round_levels(_half(fit.levels, site), self._compact)
             scales[width] = _half(scale, site)
             losses.append(fit.loss)
@@ -150,7 +163,11 @@ class FitCodebooks(Pass):
         return Codebooks(
             self.widths, levels, None if self.group == NO_SCALES else scales,
             torch.stack(losses, dim=1), self.group, self.shared, compact=self._compact, span=span,
+            trellis=self.trellis,
         )  # fmt: skip
+
+    def _on_trellis(self, width: float) -> bool:
+        return FORMATS[self._layout.width_id(width)].trellis
 
     def _first_scales(self, weight: Tensor) -> Tensor:
         """float32 [n, groups]: root mean square of the group; ones where nothing is scaled."""
@@ -163,7 +180,8 @@ class FitCodebooks(Pass):
 
     def _lloyd(self, values: Tensor, weights: Tensor) -> list[Fit]:
         """A fit per width, from the levels of a normal distribution of the row's spread."""
-        starts = [gaussian_levels(width) for width in self.widths]
+        widths = [width + self._on_trellis(width) for width in self.widths]
+        starts = [gaussian_levels(width) for width in widths]
         if self.shared:
             return fit_shared(values, weights, starts)
         mass = weights.double().expand_as(values).sum(1, keepdim=True).clamp_min(1e-300)
@@ -173,12 +191,14 @@ class FitCodebooks(Pass):
         )
 
     def _with_scales(
-        self, fit: Fit, weight: Tensor, variance: Tensor, scales: Tensor
+        self, fit: Fit, weight: Tensor, variance: Tensor, scales: Tensor, on_trellis: bool
     ) -> tuple[Fit, Tensor]:
         """A fit of `weight` over `scales`, and the scales to store with it."""
         if self.group in (NO_SCALES, ROW_SCALES):
             return fit, fit.scale.float().unsqueeze(1)
         scales = scales * fit.scale.float().unsqueeze(1)
+        if on_trellis:
+            return fit, scales
         return self._refit_groups(weight, variance, fit, scales)
 
     def _refit_groups(
@@ -249,13 +269,11 @@ def _measured_over_expected(weight: Tensor, moments: InputMoments, books: Codebo
     """
     n, count = weight.shape[0], len(books.widths)
     rows = torch.linspace(0, n - 1, min(n, SAMPLED_ROWS)).round().long().unique()
-    widths = torch.tensor([*map(width_id, books.widths)], dtype=torch.uint8).repeat_interleave(
-        len(rows)
-    )
+    ids = torch.tensor(books.ids, dtype=torch.uint8).repeat_interleave(len(rows))
     every = rows_of(books, rows.repeat(count))
     target = weight[rows].repeat(count, 1)
-    tables, scales = row_tables(every, widths)
-    codes = feedback_codes(target, moments.factor, tables, scales, books.group)
+    tables, scales = row_tables(every, ids)
+    codes = feedback_codes(target, moments.factor, tables, scales, books.group, runs_of(ids))
     value = tables.gather(1, codes)
     if scales is not None:
         value = value * scales[:, scale_index(weight.shape[1], books.group)]

@@ -9,7 +9,6 @@ import torch
 
 from lowra.compiler.errors import BudgetError, PlanError
 from lowra.compiler.facts import Assigned, Codebooks, Precision, Proof
-from lowra.compiler.packing import width_id
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program
 from lowra.passes.budget.plan_bits import Counted, plan_bits
@@ -60,7 +59,7 @@ class ReplayPrecision(Pass):
 def _loss(books: Codebooks, precision: Precision) -> float:
     """The sum of the rows' expected losses at their widths."""
     column = torch.zeros(256, dtype=torch.int64)
-    for index, width in enumerate(books.widths):
-        column[width_id(width)] = index
+    for index, id in enumerate(books.ids):
+        column[id] = index
     picked = column[precision.row_widths.long()].unsqueeze(1)
     return float(books.loss.gather(1, picked).sum())

@@ -20,12 +20,13 @@ from torch import Tensor
 from lowra.compiler.errors import OutputError, PlanError
 from lowra.compiler.facts import AdapterRank, Precision
 from lowra.compiler.layout import Layout
-from lowra.compiler.packing import WIDTHS, width_id, width_of
+from lowra.compiler.packing import WIDTHS, width_of
 from lowra.compiler.program import Program, Site
 from lowra.recipe import Recipe
 
 FORMAT = "lowra-plan"
-VERSION = 1
+VERSION = 2
+"""Version 1 is version 2 of a recipe without trellis codes."""
 
 
 def encode_widths(row_widths: Tensor) -> dict[str, Any]:
@@ -36,8 +37,8 @@ def encode_widths(row_widths: Tensor) -> dict[str, Any]:
     return {"widths": widths, "index": base64.b64encode(packed).decode("ascii")}
 
 
-def decode_widths(data: Mapping[str, Any], site: Site) -> Tensor:
-    """Ids of widths, uint8 [n]. Raises PlanError for data that does not fit the site."""
+def decode_widths(data: Mapping[str, Any], site: Site, layout: Layout) -> Tensor:
+    """Ids of widths in a layout, uint8 [n]. Raises PlanError for data that does not fit."""
     try:
         packed = base64.b64decode(data["index"], validate=True)
         unpacker = zlib.decompressobj()
@@ -45,7 +46,7 @@ def decode_widths(data: Mapping[str, Any], site: Site) -> Tensor:
         strange = [width for width in data["widths"] if width not in WIDTHS]
         if strange:
             raise ValueError(f"{strange[0]!r} is no width; the widths are {WIDTHS}")
-        ids = torch.tensor([*map(width_id, data["widths"])], dtype=torch.uint8)
+        ids = torch.tensor([*map(layout.width_id, data["widths"])], dtype=torch.uint8)
         if len(index) != site.n or not unpacker.eof:
             raise ValueError(f"it holds {len(index)} rows or more, not {site.n}")
         return ids[torch.frombuffer(bytearray(index), dtype=torch.uint8).long()]
@@ -91,11 +92,13 @@ def read_plan(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             raise PlanError(f"cannot read the plan {str(path)!r} ({error})") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"{str(path)!r} is no plan: lowra plan --out writes one")
-        if data.get("version") != VERSION:
+        if data.get("version") not in (1, VERSION):
             raise PlanError(
                 f"{str(path)!r} has plan version {data.get('version')!r}; "
-                f"this lowra reads {VERSION}"
+                f"this lowra reads 1 and {VERSION}"
             )
+        if data["version"] == 1 and isinstance(data.get("recipe"), dict):
+            data["recipe"] |= {"trellis": False}
     if not isinstance(data, Mapping):
         raise PlanError(f"plan is a {type(data).__name__}; give a path or model.lowra.plan")
     sites = data.get("sites")
@@ -144,9 +147,11 @@ def with_planned(program: Program, plan: Mapping[str, Any]) -> Program:
     facts: dict[str, list[object]] = {}
     for site in program.sites:
         row = rows[site.name]
-        facts[site.name] = [Precision(decode_widths(row["row_widths"], site))]
-        if "layout" in row or len(layouts) > 1:
-            facts[site.name].append(_layout(row, layouts))
+        chosen = "layout" in row or len(layouts) > 1
+        layout = _layout(row, layouts) if chosen else layouts[0]
+        facts[site.name] = [Precision(decode_widths(row["row_widths"], site, layout))]
+        if chosen:
+            facts[site.name].append(layout)
         if "rank" in row:
             rank = row["rank"]
             if type(rank) is not int or not 0 <= rank <= min(site.n, site.k):

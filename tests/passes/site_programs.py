@@ -62,8 +62,7 @@ class CyclicWidths(Pass):
     def run(self, program: Program) -> Program:
         facts: dict[str, list[object]] = {}
         for site in program.sites:
-            ids = [width_id(b) for b in program.fact(site.name, Codebooks).widths]
-            widths = torch.tensor(ids, dtype=torch.uint8)
+            widths = torch.tensor(program.fact(site.name, Codebooks).ids, dtype=torch.uint8)
             facts[site.name] = [Precision(widths[torch.arange(site.n) % len(widths)])]
         return program.with_facts(facts)
 

@@ -79,6 +79,29 @@ def test_one_bit_and_two_bits_of_gaussian_rows_lose_what_theory_says() -> None:
     assert loss == pytest.approx([1 - 2 / math.pi, 0.1175], rel=0.1)
 
 
+def test_trellis_codes_of_gaussian_rows_lose_less() -> None:
+    """Of 64 states, and of runs of 64 rows that begin without a past (Marcellin and Fischer, 1990,
+    table III: 5.38 and 10.84 dB without an end)."""
+    weights = {"a": torch.randn(128, 256, generator=torch.Generator().manual_seed(0))}
+    program = run_pipeline(site_program(weights), (FitCodebooks((1, 2, 3), trellis=True),))
+    loss = program.fact("a", Codebooks).loss.sum(0).tolist()
+    assert loss == pytest.approx([0.292, 0.0825, 0.0231], rel=0.05)
+
+
+def test_trellis_codebooks_have_twice_as_many_levels() -> None:
+    program = compiled((FitCodebooks(WIDTHS, trellis=True),), True)
+    for site in program.sites:
+        books = program.fact(site.name, Codebooks)
+        assert [len(books.levels[b]) for b in WIDTHS] == [4, 3, 8, 16, 16]
+        assert books.ids == (11, 9, 12, 13, 4) and str(books.layout) == "row16-shared16-trellis"
+        assert all(bool((levels.diff() >= 0).all()) for levels in books.levels.values())
+    for wrong in (FitCodebooks((2,), shared=False, trellis=True), FitCodebooks(
+        (2,), rule="paper", trellis=True
+    )):  # fmt: skip
+        with pytest.raises(RecipeError, match="trellis codes need shared codebooks"):
+            compiled_afresh((wrong,), False)
+
+
 def test_own_codebooks_lose_no_more_than_shared_ones() -> None:
     weights, _ = two_sites()
     own, shared = (

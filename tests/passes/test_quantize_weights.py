@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.facts import Codebooks, Packed, Precision
+from lowra.compiler.packing import runs_of
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.rotation import Rotation
@@ -21,6 +22,7 @@ from lowra.passes import FitCodebooks, QuantizeWeights, quantize_weights
 from lowra.passes.rounding.feedback import DAMPING
 from lowra.passes.rounding.moments import output_error
 from lowra.passes.rounding.quantizer import row_tables
+from lowra.passes.rounding.refine import by_run
 from tests.passes.site_programs import (
     CyclicWidths,
     compiled,
@@ -38,7 +40,7 @@ KINDS = [
         ("default", 32, True), ("default", 32, False), ("paper", 32, False), ("paper", -1, False),
     ]
     for rotated in (False, True)
-]  # fmt: skip
+] + [(FitCodebooks((1, 1.6, 2, 3, 4), trellis=True), True)]  # fmt: skip
 IDS = [f"{fit}{' rotated' if rotated else ''}" for fit, rotated in KINDS]
 
 
@@ -241,7 +243,8 @@ def test_output_error_is_the_trace() -> None:
 
 @pytest.mark.parametrize(("fit", "rotated"), KINDS, ids=IDS)
 def test_rounds_lower_the_error_of_every_row(fit: Pass, rotated: bool) -> None:
-    """Scales and coordinate descent in turn, in the damped metric; a step is kept per row."""
+    """Scales and coordinate descent in turn, in the damped metric; a step is kept per row, or per
+    run of trellis codes."""
     weights, grams = two_sites()
     errors = []
     for rounds in (0, 1, 3):
@@ -252,7 +255,8 @@ def test_rounds_lower_the_error_of_every_row(fit: Pass, rotated: bool) -> None:
                 grams[name] + torch.eye(weight.shape[1]) * DAMPING * grams[name].diagonal().mean()
             )
             lost = (weight - program.fact(name, Packed).weight.dequantize()).double()
-            now.append(((lost @ gram.double()) * lost).sum(1))
+            runs = runs_of(program.fact(name, Precision).row_widths)
+            now.append(by_run(((lost @ gram.double()) * lost).sum(1), runs))
         errors.append(torch.cat(now))
     assert bool((errors[1] <= errors[0] * (1 + 1e-3)).all())
     assert bool((errors[2] <= errors[1] * (1 + 1e-3)).all())

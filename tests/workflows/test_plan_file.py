@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lowra
 from lowra.compiler.errors import BudgetError, OutputError, PlanError, RecipeError
+from lowra.compiler.layout import Layout
 from lowra.compiler.program import Site
 from lowra.workflows.plan_file import decode_widths, encode_widths, read_plan, write_plan
 from tests.runtime.compiled_models import Stack, remembered_capture, stack
@@ -41,18 +42,23 @@ def a_site(n: int) -> Site:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([1, 2, 3, 4, 8, 9]), min_size=1, max_size=300))
-def test_widths_survive_their_encoding(widths: list[int]) -> None:
+@given(
+    st.lists(st.sampled_from([1, 1.6, 2, 3, 4, 8]), min_size=1, max_size=300), st.booleans()
+)  # fmt: skip
+def test_widths_survive_their_encoding(of_rows: list[float], trellis: bool) -> None:
+    layout = Layout(trellis=trellis)
+    widths = [*map(layout.width_id, of_rows)]
     data = json.loads(json.dumps(encode_widths(torch.tensor(widths, dtype=torch.uint8))))
-    assert decode_widths(data, a_site(len(widths))).tolist() == widths
+    assert decode_widths(data, a_site(len(widths)), layout).tolist() == widths
     for wrong in (len(widths) - 1, len(widths) + 1):
         with pytest.raises(PlanError, match="row widths of a cannot be read"):
-            decode_widths(data, a_site(wrong))
+            decode_widths(data, a_site(wrong), layout)
 
 
 def test_a_plan_names_widths_and_not_their_ids() -> None:
-    data = encode_widths(torch.tensor([2, 9, 1], dtype=torch.uint8))
-    assert sorted(data["widths"]) == [1, 1.6, 2]
+    for ids in ([2, 9, 1], [12, 9, 11]):
+        data = encode_widths(torch.tensor(ids, dtype=torch.uint8))
+        assert sorted(data["widths"]) == [1, 1.6, 2]
 
 
 def test_the_widths_of_many_equal_rows_take_little_room() -> None:
@@ -75,7 +81,7 @@ def test_the_widths_of_many_equal_rows_take_little_room() -> None:
 def test_damaged_widths_are_refused(change: dict[str, Any]) -> None:
     data = encode_widths(torch.tensor([2, 3, 4], dtype=torch.uint8)) | change
     with pytest.raises(PlanError, match="row widths of a"):
-        decode_widths(data, a_site(3))
+        decode_widths(data, a_site(3), Layout())
 
 
 def same_tensors(left: nn.Module, right: nn.Module) -> bool:
@@ -238,6 +244,18 @@ def test_a_plan_that_lacks_its_half_is_refused(lost: str) -> None:
     del plan[lost]
     with pytest.raises(PlanError, match="lacks its recipe or its sites"):
         compile_stack(plan=plan)
+
+
+def test_a_plan_of_version_1_is_replayed_with_plain_codes(tmp_path: Path) -> None:
+    made = compile_stack(bit_budget=2, rank=0, trellis=False)
+    path = write_plan(made.lowra.plan, tmp_path / "plan.json")
+    data = json.loads(path.read_text())
+    assert data["version"] == 2
+    del data["recipe"]["trellis"]
+    path.write_text(json.dumps(data | {"version": 1}))
+    again = lowra.compile(stack(), plan=path, example=(X,))
+    assert again.lowra.recipe["trellis"] is False
+    assert again.lowra.report["totals"]["rows"] == made.lowra.report["totals"]["rows"]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"format": "lowra-plan", "version": 99}', "\0"])

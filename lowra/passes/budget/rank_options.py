@@ -22,7 +22,7 @@ import torch
 
 from lowra.compiler.errors import BudgetError
 from lowra.compiler.facts import Codebooks, Statistics
-from lowra.compiler.packing import width_id
+from lowra.compiler.packing import runs_of
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
@@ -125,9 +125,9 @@ def _squared_values(
     books = program.fact(site.name, Codebooks)
     weight = rotate(program.weight(site), program.fact(site.name, Rotation))
     moments = reader.read(site)
-    ids = torch.tensor([*map(width_id, books.widths)], dtype=torch.uint8)[torch.from_numpy(picked)]
+    ids = torch.tensor(books.ids, dtype=torch.uint8)[torch.from_numpy(picked)]
     tables, scales = row_tables(books, ids)
-    codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
+    codes = feedback_codes(weight, moments.factor, tables, scales, books.group, runs_of(ids))
     value = tables.gather(1, codes)
     if scales is not None:
         value = value * scales[:, scale_index(site.k, books.group)]

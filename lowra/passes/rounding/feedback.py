@@ -82,13 +82,17 @@ def scale_index(k: int, group: int) -> Tensor:
 
 def nearest_codes(
     weight: Tensor, tables: Tensor, scales: Tensor | None, group: int,
-    thresholds: Tensor | None = None,
+    thresholds: Tensor | None = None, runs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Codes int64 [n, k] of the nearest level, each weight on its own.
+    """Codes int64 [n, k] of the nearest level, each weight on its own, or of the best path of each
+    column through `runs` of trellis codes (lowra.compiler.packing.runs_of).
 
     `thresholds` [n, L - 1], filled with +inf, stand for the middles between levels where given; a
     value on a threshold goes below it.
     """
+    if runs is not None:
+        index, safe = scale_index(weight.shape[1], group), None if scales is None else _safe(scales)
+        return torch.ops.lowra.feedback_codes(weight, None, tables, safe, index, runs).long()
     if scales is not None:
         weight = weight / _safe(scales)[:, scale_index(weight.shape[1], group)]
     borders = thresholds_of(tables) if thresholds is None else thresholds
@@ -96,18 +100,20 @@ def nearest_codes(
 
 
 def feedback_codes(
-    weight: Tensor, factor: Factor, tables: Tensor, scales: Tensor | None, group: int
-) -> Tensor:
+    weight: Tensor, factor: Factor, tables: Tensor, scales: Tensor | None, group: int,
+    runs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Codes int64 [n, k], columns in turn, each error spread over the columns still to come.
 
     weight float32 [n, k]; tables float32 [n, L] ascending, narrower rows filled with +inf;
-    scales float32 [n, groups] or None.
+    scales float32 [n, groups] or None. `runs`: as for `nearest_codes`.
     """
     order = factor.order
     columns = scale_index(weight.shape[1], group)[order]
     codes = torch.ops.lowra.feedback_codes(
-        weight[:, order], factor.upper, tables, None if scales is None else _safe(scales), columns
-    )
+        weight[:, order], factor.upper, tables, None if scales is None else _safe(scales), columns,
+        runs,
+    )  # fmt: skip
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result.long()
@@ -115,13 +121,13 @@ def feedback_codes(
 
 def descend_codes(
     weight: Tensor, gram: Tensor, tables: Tensor, scales: Tensor | None, group: int, codes: Tensor,
-    sweeps: int, slope: Tensor | None = None,
+    sweeps: int, slope: Tensor | None = None, runs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', and their slope e G
     [n, k]; `slope` is that of the codes given, where it is known."""
     moved, left = torch.ops.lowra.descend_codes(
         weight, gram, tables, None if scales is None else _safe(scales),
-        scale_index(weight.shape[1], group), codes.to(torch.uint8), slope, sweeps,
+        scale_index(weight.shape[1], group), codes.to(torch.uint8), slope, sweeps, runs,
     )  # fmt: skip
     return moved.long(), left
 

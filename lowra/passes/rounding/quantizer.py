@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.facts import Codebooks
-from lowra.compiler.packing import levels_of, width_of
+from lowra.compiler.packing import levels_of, runs_of, width_of
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight
 from lowra.passes.rounding.feedback import feedback_codes, nearest_codes
@@ -33,7 +33,7 @@ def quantize(
         return _packed(state, books, row_widths, rotation)
     tables, scales = row_tables(books, row_widths)
     borders = row_thresholds(books, row_widths)
-    codes = nearest_codes(weight, tables, scales, books.group, borders)
+    codes = nearest_codes(weight, tables, scales, books.group, borders, runs_of(row_widths))
     return _packed(Rounded(codes, tables, scales, books.group), books, row_widths, rotation)
 
 
@@ -44,11 +44,29 @@ def quantize_guided(
     """The same with a metric for each group of rows (`row_groups`), and behind a prefix each
     group's weight that makes up for it in that metric. Shared codebooks are those of all rows."""
     parts: list[Rounded] = []
-    for rows, read in zip(row_groups(len(weight), len(guides)), guides, strict=True):
+    groups = whole_groups(row_widths, len(guides))
+    for rows, read in zip(groups, guides, strict=True):
         moments = read()
         target = moments.target(weight[rows])
         parts.append(rounded(target, moments, rows_of(books, rows), row_widths[rows], rounds))
-    return _packed(_joined(parts), books, row_widths, rotation)
+    return _packed(_joined(parts, groups), books, row_widths, rotation)
+
+
+def whole_groups(row_widths: Tensor, groups: int) -> list[Tensor]:
+    """The rows int64 of each group (`row_groups`), where a run of trellis codes goes with its first
+    row: none is cut in two."""
+    n = len(row_widths)
+    group = torch.empty(n, dtype=torch.int64)
+    slices = row_groups(n, groups)
+    for index, rows in enumerate(slices):
+        group[rows] = index
+    runs = runs_of(row_widths)
+    if runs is not None:
+        first = torch.full((n,), n).scatter_reduce(
+            0, runs.clamp_min(0), torch.where(runs < 0, n, torch.arange(n)), "amin"
+        )
+        group = torch.where(runs < 0, group, group[first[runs.clamp_min(0)].clamp_max(n - 1)])
+    return [(group == index).nonzero().squeeze(1) for index in range(len(slices))]
 
 
 def rounded(
@@ -56,13 +74,17 @@ def rounded(
 ) -> Rounded:
     """Codes by error feedback, then at most `rounds` of refinement."""
     tables, scales = row_tables(books, row_widths)
-    codes = feedback_codes(weight, moments.factor, tables, scales, books.group)
-    state = Rounded(codes, tables, scales, books.group, books.shared, books.compact, books.span)
+    runs = runs_of(row_widths)
+    codes = feedback_codes(weight, moments.factor, tables, scales, books.group, runs)
+    state = Rounded(
+        codes, tables, scales, books.group, books.shared, books.compact, books.span, runs
+    )
     return refine(weight, moments.gram, state, rounds)
 
 
-def _joined(parts: Sequence[Rounded]) -> Rounded:
-    """The rows of all parts one below the other."""
+def _joined(parts: Sequence[Rounded], rows: Sequence[Tensor]) -> Rounded:
+    """The rows of all parts, each where `rows` says."""
+    back = torch.argsort(torch.cat([*rows]))
     levels = max(part.tables.shape[1] for part in parts)
     tables = [
         nn.functional.pad(part.tables, (0, levels - part.tables.shape[1]), value=torch.inf)
@@ -71,9 +93,10 @@ def _joined(parts: Sequence[Rounded]) -> Rounded:
     scales = [part.scales for part in parts if part.scales is not None]
     return replace(
         parts[0],
-        codes=torch.cat([part.codes for part in parts]),
-        tables=torch.cat(tables),
-        scales=torch.cat(scales) if scales else None,
+        codes=torch.cat([part.codes for part in parts])[back],
+        tables=torch.cat(tables)[back],
+        scales=torch.cat(scales)[back] if scales else None,
+        runs=None,
     )
 
 

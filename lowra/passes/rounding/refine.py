@@ -20,7 +20,10 @@ SETTLED = 1e-2
 
 @dataclass(frozen=True)
 class Rounded:
-    """codes [n, k], tables [n, L], scales [n, groups] or None; shared: a width has one table."""
+    """codes [n, k], tables [n, L], scales [n, groups] or None; shared: a width has one table.
+
+    runs: int64 [n], the run of trellis codes that each row belongs to, -1 for none; None where all
+    have none. What is kept of one row of a run is kept of all."""
 
     codes: Tensor
     tables: Tensor
@@ -29,6 +32,7 @@ class Rounded:
     shared: bool = False
     compact: Compact = PLAIN
     span: Tensor | None = None
+    runs: Tensor | None = None
 
     def values(self) -> Tensor:
         """What the codes stand for: float32 [n, k]."""
@@ -46,7 +50,10 @@ class Rounded:
     def rows(self, rows: Tensor) -> Rounded:
         """The rows (int64) named, alone."""
         scales = None if self.scales is None else self.scales[rows]
-        return replace(self, codes=self.codes[rows], tables=self.tables[rows], scales=scales)
+        runs = None if self.runs is None else self.runs[rows]
+        return replace(
+            self, codes=self.codes[rows], tables=self.tables[rows], scales=scales, runs=runs
+        )
 
     def with_rows(self, rows: Tensor, other: Rounded) -> Rounded:
         """`other` in place of the rows (int64) named."""
@@ -70,7 +77,7 @@ class Rounded:
 @dataclass(frozen=True)
 class _Judged:
     """A state for weight w [n, k] of image w G [n, k] and energy w G w' [n], its slope e G [n, k],
-    errors e G e' [n]."""
+    errors e G e' [n], in place of a row's those of its run (`by_run`)."""
 
     weight: Tensor
     image: Tensor
@@ -159,10 +166,21 @@ def _descended(
     """The state after `sweeps` of coordinate descent, its slope and row errors."""
     if slope is None or sweeps:
         codes, slope = descend_codes(
-            weight, gram, state.tables, state.scales, state.group, state.codes, sweeps, slope
-        )
+            weight, gram, state.tables, state.scales, state.group, state.codes, sweeps, slope,
+            state.runs,
+        )  # fmt: skip
         state = replace(state, codes=codes)
-    return state, slope, ((weight - state.values()) * slope).sum(1)
+    return state, slope, by_run(((weight - state.values()) * slope).sum(1), state.runs)
+
+
+def by_run(errors: Tensor, runs: Tensor | None) -> Tensor:
+    """Errors [n] of rows, in place of those of a row in a run what all rows of the run lose."""
+    if runs is None:
+        return errors
+    rows = (runs >= 0).nonzero().squeeze(1)
+    _, index = runs[rows].unique(return_inverse=True)
+    sums = errors.new_zeros(len(rows)).index_add_(0, index, errors[rows])
+    return errors.index_copy(0, rows, sums[index])
 
 
 def relevelled(gram: Tensor, state: Rounded, slope: Tensor) -> Rounded:

@@ -33,7 +33,7 @@ def books_from(
     return Codebooks(
         widths, {b: stored[f"levels.{b}"] for b in widths}, scales or None, stored["loss"],
         layout.group, layout.shared, absmax=absmax, thresholds=borders or None,
-        compact=layout.compact, span=stored.get("span"),
+        compact=layout.compact, span=stored.get("span"), trellis=layout.trellis,
     )  # fmt: skip
 
 
