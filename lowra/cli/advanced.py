@@ -37,6 +37,14 @@ SharedCodebooksOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+TrellisOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--trellis/--plain-codes",
+        help="Narrow rows hold trellis codes, or a level per weight.",
+        rich_help_panel=PANEL,
+    ),
+]
 RotationOption = Annotated[
     bool | None,
     typer.Option(
@@ -99,7 +107,8 @@ TrainOption = Annotated[
 ]  # fmt: skip
 
 ADVANCED = (
-    "layouts", "group", "scale_bits", "codebook_bits", "shared_codebooks", "rotation", "guided",
+    "layouts", "group", "scale_bits", "codebook_bits", "shared_codebooks", "trellis", "rotation",
+    "guided",
     "init", "correction_rank", "correction_bits", "alpha", "targets", "rank_pattern", "rslora",
     "lora_dropout", "train",
 )  # fmt: skip

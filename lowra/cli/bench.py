@@ -81,6 +81,7 @@ def bench(
 def _tune(ctx: typer.Context, model: str | None, tokens: tuple[int, ...], dtype: Dtype) -> None:
     import torch
 
+    from lowra.compiler.packing import width_id
     from lowra.compiler.progress import show_progress
     from lowra.workflows.bench import SHAPES, WIDTHS, random_weight, weights_of
     from lowra.workflows.tune_kernels import require_device, tune
@@ -88,7 +89,9 @@ def _tune(ctx: typer.Context, model: str | None, tokens: tuple[int, ...], dtype:
     device = require_device()
     with show_progress():
         if model is None:
-            weights = (random_weight(n, k, width) for n, k in SHAPES for width in WIDTHS)
+            kinds = [(width, trellis) for width in WIDTHS for trellis in (False, True)
+                     if not trellis or width_id(width, True) != width_id(width)]  # fmt: skip
+            weights = (random_weight(n, k, w, trellis=t) for n, k in SHAPES for w, t in kinds)
         else:
             weights = (alike[0].stored() for alike in weights_of(load_source(model, dtype)[0]))
         found = [line.to_dict() for line in tune(weights, tokens, getattr(torch, dtype.value))]

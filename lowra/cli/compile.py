@@ -25,6 +25,7 @@ from lowra.cli.advanced import (
     SharedCodebooksOption,
     TargetsOption,
     TrainOption,
+    TrellisOption,
     advanced_fields,
 )
 from lowra.cli.calibration_options import (
@@ -114,6 +115,7 @@ def compile_model(
     scale_bits: ScaleBitsOption = None,
     codebook_bits: CodebookBitsOption = None,
     shared_codebooks: SharedCodebooksOption = None,
+    trellis: TrellisOption = None,
     rotation: RotationOption = None,
     guided: GuidedOption = None,
     init: InitOption = None,

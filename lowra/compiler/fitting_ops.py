@@ -18,7 +18,8 @@ kernel for them. Rows are independent of each other, so results do not depend on
                     over the values' ranks and sizes; every border where a row has fewer values
     feedback_codes  weight [n, k] in the order in which columns are rounded, upper [k, k] (Factor),
                     tables [n, L] ascending and filled up with +inf, scales [n, groups] without
-                    zeros or None, columns int64 [k] the scale of each column -> codes uint8 [n, k]
+                    zeros (but in runs) or None, columns int64 [k] the scale of each column ->
+                    codes uint8 [n, k]
     descend_codes   weight [n, k], gram [k, k], codes and the rest as above: coordinate descent on
                     the output error, at most `sweeps` times over the columns -> codes uint8 [n, k]
                     and float32 [n, k] their slope: what error they leave, times gram. The slope of

@@ -9,7 +9,9 @@ and 3 bits as trellis codes (lowra.compiler.trellis).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lowra.compiler.compact import CODEBOOK_BITS, PLAIN, SCALE_BITS, Compact
 from lowra.compiler.errors import RecipeError
@@ -17,6 +19,18 @@ from lowra.compiler.packing import width_id
 from lowra.compiler.stored_bits import NO_SCALES, ROW_SCALES, row_bits, site_bits
 
 FORM = re.compile(r"(?:(row|\d{1,6}x)(\d+)|none)-(shared|own)(\d+)(-trellis)?")
+
+
+OLD_AUTO = ("row8-shared16", "128x4-shared16", "64x4-shared16")
+"""What layouts="auto" was before there were trellis codes."""
+
+
+def with_plain_codes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of a recipe that was written before there were trellis codes, as it reads today."""
+    layouts = recipe.get("layouts")
+    if layouts is None:
+        return {**recipe, "trellis": False}
+    return {**recipe, "layouts": [*OLD_AUTO] if layouts == "auto" else layouts}
 
 
 @dataclass(frozen=True)

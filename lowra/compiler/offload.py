@@ -37,8 +37,6 @@ _FITTING = frozenset({
     "lowra::moments", "lowra::lloyd_rows", "lowra::lloyd_shared", "lowra::lloyd_scales",
     "lowra::optimal_levels", "lowra::feedback_codes", "lowra::descend_codes",
 })  # fmt: skip
-_RUNS: Mapping[str, int] = {"lowra::feedback_codes": 5, "lowra::descend_codes": 8}
-"""Where the runs of trellis codes stand, whose paths no GPU kernel finds: with them, these stay."""
 _ATTENTION: Mapping[Any, Callable[..., Any]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_gradients,
@@ -171,9 +169,16 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _may_travel(func: Any, args: Any) -> bool:
-    if func.name() in _RUNS:
-        return len(args) <= _RUNS[func.name()] or args[_RUNS[func.name()]] is None
-    return _is_product(func) or func in _FACTORISATIONS or func.name() in _FITTING
+    if func.name() in _FITTING:
+        return not _on_paths(func, args)
+    return _is_product(func) or func in _FACTORISATIONS
+
+
+def _on_paths(func: Any, args: Any) -> bool:
+    """Whether an op on codes has runs of trellis codes, whose paths no GPU kernel finds."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False))
+    return given.get("runs") is not None
 
 
 def _is_product(func: Any) -> bool:

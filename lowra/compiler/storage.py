@@ -53,7 +53,8 @@ class PackedWeight:
     Invariants, checked on construction:
     - `row_widths` uint8 [n], in original row order: ids of widths, 1, 2, 3, 4, 8, 9 for 1.6, and
       11, 12, 13 for trellis codes of 1, 2, 3 bits, which exclude plain rows of the same width;
-    - stored rows are sorted by width, widest first and otherwise in order; a run is a *panel*;
+    - stored rows are sorted by width, widest first and otherwise in order; those of one width are a
+      *panel*;
     - `codes` int32, flat: the panels one after another, each as `pack_rows` makes it;
     - `codebooks` float16, flat: 2^width values (1.6 bits: 3; trellis: twice as many) per panel
       (shared), or per stored row;

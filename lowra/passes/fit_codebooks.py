@@ -43,7 +43,7 @@ class FitCodebooks(Pass):
     2 iterations, blind to inputs; `threshold_average` says what its thresholds are averaged over
     (see `learn_mapping`).
     trellis: rows of 1, 2 and 3 bits are trellis codes (lowra.compiler.trellis), over shared
-    codebooks.
+    codebooks; their group scales are those of plain rounding, not refit.
     scale_bits, codebook_bits: in what scales (16, 8, 4) and levels (16, 8) are stored; both are
     rounded to it here, so that every later choice sees what the file will hold.
     layouts: fit each of these layouts (lowra.compiler.layout) instead, for choose-layouts to pick

@@ -40,13 +40,14 @@ class RotateInputs(Pass):
     576, 512 for 1536), or 1, which is no rotation. Sites that share an input share its rotation.
 
     rule "always" takes the largest block, "never" block 1. "measured" rounds a sample of 48 rows
-    per site to 2 bits with error feedback, in both coordinates, in the layout that the file will
-    have (`group`, `shared` as in fit-codebooks), and keeps the block with the smaller output error,
-    rows weighted by their sensitivity where it is known. On a tie nothing is rotated: a rotation
-    costs time in every forward pass. It reads Statistics, and leaves a RotationTrial where it had a
-    choice. Data-free, the largest block is taken: nothing is known of the inputs, and Gaussian rows
-    are what the codebooks start from. The cost is two factorizations of k x k per distinct input:
-    0.06 CPU seconds at k = 576, 0.4 at 1536 (2026-11-24), some 17 for the 120 of SmolLM2-135M.
+    per site to 2 bits with error feedback, in both coordinates, on plain codes in the layout that
+    the file will have (`group`, `shared` as in fit-codebooks), and keeps the block with the smaller
+    output error, rows weighted by their sensitivity where it is known. On a tie nothing is rotated:
+    a rotation costs time in every forward pass. It reads Statistics, and leaves a RotationTrial
+    where it had a choice. Data-free, the largest block is taken: nothing is known of the inputs,
+    and Gaussian rows are what the codebooks start from. The cost is two factorizations of k x k per
+    distinct input: 0.06 CPU seconds at k = 576, 0.4 at 1536 (2026-11-24), some 17 for the 120 of
+    SmolLM2-135M.
     """
 
     name: ClassVar[str] = "rotate-inputs"

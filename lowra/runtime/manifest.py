@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowra.compiler.errors import CheckpointError
+from lowra.compiler.layout import with_plain_codes
 
 FORMAT_VERSION = 3
 READABLE = (1, 2, 3)
@@ -88,8 +89,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest["checksum"] != manifest_checksum(manifest):
         raise CheckpointError(f"{file} was damaged or edited; fetch or write the checkpoint again")
     if version < FORMAT_VERSION:
-        for recipe in (manifest["recipe"], manifest["plan"].get("recipe", {})):
-            recipe["trellis"] = False
+        for holder in (manifest, manifest["plan"]):
+            if "recipe" in holder:
+                holder["recipe"] = with_plain_codes(holder["recipe"])
     return manifest
 
 

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from lowra.compiler.errors import LowraError
 from lowra.compiler.ops import linear
-from lowra.compiler.packing import TERNARY, levels_of, width_id
+from lowra.compiler.packing import FORMATS, TERNARY, levels_of, width_id
 from lowra.compiler.rotation import Rotation, largest_block
 from lowra.compiler.storage import ROW_SCALES, PackedWeight, pack_weight
+from lowra.compiler.trellis import codes_of
 from lowra.runtime.modules import QuantizedLinear
 from lowra.workflows.models import inference
 
@@ -59,10 +60,11 @@ def bench_shapes(
     tokens: tuple[int, ...], dtype: torch.dtype, seconds: float,
     shapes: tuple[tuple[int, int], ...] = SHAPES, widths: tuple[float, ...] = WIDTHS,
 ) -> Iterator[Timing]:  # fmt: skip
-    """Timings of seeded random weights, every width and shape, for each number of tokens."""
+    """Timings of seeded random weights, every width and shape, for each number of tokens; narrow
+    ones hold trellis codes, as the default makes them."""
     for n, k in shapes:
         for width in widths:
-            weight = random_weight(n, k, width)
+            weight = random_weight(n, k, width, trellis=True)
             for m in tokens:
                 yield bench_weight(weight, m, dtype, seconds)
 
@@ -86,21 +88,25 @@ def weights_of(model: nn.Module) -> list[list[QuantizedLinear]]:
     return list(kinds.values())
 
 
-def random_weight(n: int, k: int, *widths: float) -> PackedWeight:
+def random_weight(n: int, k: int, *widths: float, trellis: bool = False) -> PackedWeight:
     """A weight [n, k] with as many rows of each width, shared codebooks, row scales and rotation,
-    as compiling makes."""
+    as compiling makes; rows of 1, 2 and 3 bits with plain or with trellis codes."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([width_id(width) for width in widths], dtype=torch.uint8)
+    of_width = {width: width_id(width, trellis) for width in widths}
+    ids = torch.tensor([*of_width.values()], dtype=torch.uint8)
     row_widths = ids.repeat_interleave(-(-n // len(widths)))[:n]
     counts = {int(id): int((row_widths == id).sum()) for id in ids}
-    codes = [
-        torch.randint(levels_of(id), (rows, k), generator=generator, dtype=torch.uint8)
-        for id, rows in counts.items()
-    ]
-    books = {w: torch.linspace(-1.0, 1.0, levels_of(width_id(w))) ** 3 for w in widths}
+    codes = [_random_codes(id, rows, k, generator) for id, rows in counts.items()]
+    books = {w: torch.linspace(-1.0, 1.0, levels_of(id)) ** 3 for w, id in of_width.items()}
     scales = torch.rand(n, 1, generator=generator) + 0.5
     rotation = Rotation(0, largest_block(k))
     return pack_weight(torch.cat(codes), row_widths, books, scales, ROW_SCALES, rotation)
+
+
+def _random_codes(id: int, rows: int, k: int, generator: torch.Generator) -> Tensor:
+    """uint8 [rows, k]."""
+    codes = torch.randint(levels_of(id), (rows, k), generator=generator, dtype=torch.uint8)
+    return codes_of(codes >> 1) if FORMATS[id].trellis else codes
 
 
 def bench_weight(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowra.compiler.errors import OutputError, PlanError
 from lowra.compiler.facts import AdapterRank, Precision
-from lowra.compiler.layout import Layout
+from lowra.compiler.layout import Layout, with_plain_codes
 from lowra.compiler.packing import WIDTHS, width_of
 from lowra.compiler.program import Program, Site
 from lowra.recipe import Recipe
@@ -98,7 +98,7 @@ def read_plan(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
                 f"this lowra reads 1 and {VERSION}"
             )
         if data["version"] == 1 and isinstance(data.get("recipe"), dict):
-            data["recipe"] |= {"trellis": False}
+            data["recipe"] = with_plain_codes(data["recipe"])
     if not isinstance(data, Mapping):
         raise PlanError(f"plan is a {type(data).__name__}; give a path or model.lowra.plan")
     sites = data.get("sites")

@@ -14,6 +14,7 @@ from lowra.backends.cpu import fitting
 from lowra.backends.reference import feedback
 from lowra.backends.reference.paths import Rounding, places_of
 from lowra.compiler.trellis import codes_of, stored_of
+from lowra.passes.rounding.feedback import nearest_codes
 
 DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -72,9 +73,33 @@ def test_feedback_on_paths(n: int, k: int, seed: int, spread: bool) -> None:
     got = fitting.feedback_codes(weight, given_upper, *rest, runs)
     want = feedback.feedback_codes(weight, given_upper, *rest, runs)
     assert_on_paths(got, runs)
-    # Where rounding tips a tie, a whole run goes elsewhere.
-    differs = runs[(got != want).any(1)]
-    assert len(differs.unique()) <= 1 + n // 100
+    # Where rounding tips a tie, a whole run goes elsewhere, to errors as large.
+    differs = (got != want).any(1)
+    assert len(runs[differs].unique()) <= 1 + n // 20
+    for run in runs[differs].unique():
+        rows = runs == run
+        lost = [
+            float(((weight - feedback.values_of(*rest, codes).T)[rows] ** 2).sum())
+            for codes in (got, want)
+        ]
+        assert lost[0] == pytest.approx(lost[1], rel=0.2)
+
+
+def test_a_row_that_stores_zeros_has_no_say_in_the_path_of_its_run() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(64, 30, generator=generator)
+    weight[::2] = 0
+    levels = torch.tensor([-1.9, -1.1, -0.6, -0.2, 0.2, 0.6, 1.1, 1.9])
+    scales = torch.full((64, 1), 0.02)
+    scales[::2] = 0
+    lost = []
+    for rows in (slice(None), slice(1, None, 2)):
+        some, scale = weight[rows], scales[rows]
+        tables = levels.expand(len(some), -1)
+        runs = torch.zeros(len(some), dtype=torch.int64)
+        codes = nearest_codes(some, tables.contiguous(), scale, -1, runs=runs)
+        lost.append(float(((some - levels[codes] * scale) ** 2).sum()))
+    assert lost[0] < lost[1], "rows between leave more paths to choose from"
 
 
 @DRAWN

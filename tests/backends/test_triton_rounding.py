@@ -71,6 +71,20 @@ def test_tables_of_eight_bits() -> None:
     assert float((got != want).float().mean()) < 0.02
 
 
+def test_runs_of_trellis_codes_are_left_to_the_cpu() -> None:
+    weight, upper, tables, scales, columns = feedback_case(9, 30, 2, 0)
+    tables, runs = tables[:, :1] + torch.arange(4.0), torch.zeros(9, dtype=torch.int64)
+    rest = (tables, scales, columns)
+    got = rounding.feedback_codes(weight, upper, *rest, runs)
+    assert torch.equal(got, feedback.feedback_codes(weight, upper, *rest, runs))
+    assert got.any(), "codes of level 0 alone are on no path"
+    alone = rounding.feedback_codes(weight, None, *rest)
+    assert torch.equal(alone, feedback.feedback_codes(weight, None, *rest))
+    moved, _ = rounding.descend_codes(weight, gram_of(30, 0), *rest, got, None, 1, runs)
+    want, _ = feedback.descend_codes(weight, gram_of(30, 0), *rest, got, None, 1, runs)
+    assert torch.equal(moved, want)
+
+
 def test_where_kernels_fail_plain_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("unsupported toolchain")

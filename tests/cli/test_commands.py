@@ -56,10 +56,11 @@ def test_plan_as_json(lowra, dense, no_graph):
 def test_advanced_options_are_the_recipes_fields_in_a_panel_of_their_own(lowra, dense, no_graph):
     recipe = lowra.json(
         "plan", dense, "--bits", 5, "--group", 32, "--scale-bits", 4, "--codebook-bits", 8,
-        "--own-codebooks", "--no-rotation", "--guided", 1, "--init", "zero",
+        "--own-codebooks", "--plain-codes", "--no-rotation", "--guided", 1, "--init", "zero",
     )["recipe"]  # fmt: skip
     assert (recipe["group"], recipe["scale_bits"], recipe["codebook_bits"]) == (32, 4, 8)
     assert recipe["shared_codebooks"] is False and recipe["rotation"] is False
+    assert recipe["trellis"] is False
     assert (recipe["guided"], recipe["init"]) == (1, "zero")
     recipe = lowra.json(
         "plan", dense, "--bits", 5, "--layouts", "row8-shared16, 32x4-own8", "--rotation",

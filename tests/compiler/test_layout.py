@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lowra.compiler.compact import Compact
 from lowra.compiler.errors import RecipeError
-from lowra.compiler.layout import Layout
+from lowra.compiler.layout import OLD_AUTO, Layout, with_plain_codes
 from lowra.compiler.stored_bits import row_bits, site_bits
+from lowra.recipe import Recipe
 
 LAYOUTS = [
     ("row8-shared16", Layout(-1, True, Compact(8, 16))),
@@ -36,8 +39,22 @@ def test_its_bits_are_those_of_the_format(text: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layouts", "now"),
+    [(None, None), ("auto", [*OLD_AUTO]), (["64x4-own8"], ["64x4-own8"])],
+    ids=str,
+)
+def test_a_recipe_from_before_trellis_codes_means_what_it_did(layouts: Any, now: Any) -> None:
+    old = Recipe(bit_budget=2, layouts=layouts).to_dict()
+    del old["trellis"]
+    recipe = Recipe.from_dict(with_plain_codes(old))
+    assert not any(layout.trellis for layout in recipe.candidate_layouts)
+    assert recipe.to_dict()["layouts"] == now
+
+
+@pytest.mark.parametrize(
     "text", ["", "row", "row8", "row8-shared", "none8-own8", "-1x8-shared16", "64-shared16",
-             "none-shared16", "row8-shared4", "row7-own8", "0x4-shared16", "99999x4-own8"],
+             "none-shared16", "row8-own8-trellis", "row8-shared4", "row7-own8",
+             "0x4-shared16", "99999x4-own8"],
 )  # fmt: skip
 def test_what_is_no_layout_is_refused_by_its_text(text: str) -> None:
     with pytest.raises(RecipeError, match=f"layout '{text}'"):

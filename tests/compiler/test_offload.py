@@ -169,6 +169,19 @@ def test_a_compile_sends_its_heavy_work(monkeypatch: pytest.MonkeyPatch) -> None
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.usefixtures("everything_travels")
+def test_runs_of_trellis_codes_stay() -> None:
+    """No GPU kernel finds their paths."""
+    weight, codes = torch.randn(6, 8), torch.zeros(6, 8, dtype=torch.uint8)
+    tables = (torch.randn(6, 8).sort(1)[0], None, torch.zeros(8, dtype=torch.int64))
+    for runs in (None, torch.zeros(6, dtype=torch.int64)):
+        with Watched() as mode:
+            torch.ops.lowra.feedback_codes(weight, torch.eye(8), *tables, runs)
+            torch.ops.lowra.descend_codes(weight, torch.eye(8), *tables, codes, None, 1, runs)
+        assert ("lowra::feedback_codes" in mode.ops) == (runs is None)
+        assert ("lowra::descend_codes" in mode.ops) == (runs is None)
+
+
 class OneDevice(TorchDispatchMode):
     """Refuses what a GPU refuses: tensors of two devices in one op, unless one is a number."""
 

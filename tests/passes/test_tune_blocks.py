@@ -13,6 +13,7 @@ import torch
 from lowra.compiler.blocks import find_blocks
 from lowra.compiler.errors import CalibrationError, CaptureError
 from lowra.compiler.facts import BlockTuning, Packed
+from lowra.compiler.packing import levels_of
 from lowra.compiler.program import Program
 from lowra.passes import TuneBlocks, tune_blocks
 from lowra.passes.tune_blocks import frozen_block
@@ -27,25 +28,32 @@ STEP = TuneBlocks(steps=24, batch_tokens=64, rate=0.1, fine_rate=0.005)
 
 
 @functools.cache
+def made(name: str) -> Program:
+    """A tiny model in plain codes, or "llama on a trellis"."""
+    kind, *trellis = name.split(" on a ")
+    return quantized(kind, trellis=True) if trellis else quantized(kind)
+
+
+@functools.cache
 def finished(name: str) -> Program:
-    return tuned(quantized(name), STEP)
+    return tuned(made(name), STEP)
 
 
 def outcomes(program: Program) -> dict[str, BlockTuning]:
     return {f.block: f for s in program.sites for f in [program.fact(s.name, BlockTuning)]}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama on a trellis"])
 def test_the_held_out_error_of_no_block_rises_and_that_of_the_first_falls(name: str) -> None:
     found = list(outcomes(finished(name)).values())
     assert all(block.after <= block.before for block in found)
     assert found[0].after < found[0].before
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama on a trellis"])
 def test_the_errors_reported_are_those_of_the_program_that_came_out(name: str) -> None:
     program = finished(name)
-    runner = BlockRunner(quantized(name))
+    runner = BlockRunner(made(name))
     batches = split_batches(program, STEP.batch_tokens)
     names = list(runner.nodes)
     blocks = find_blocks(program)
@@ -65,18 +73,18 @@ def test_the_errors_reported_are_those_of_the_program_that_came_out(name: str) -
         assert sum(errors) / len(errors) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama on a trellis"])
 def test_widths_and_bits_stay_and_levels_still_ascend(name: str) -> None:
-    before, after = quantized(name), finished(name)
+    before, after = made(name), finished(name)
     for site in after.sites:
         old, new = (p.fact(site.name, Packed).weight for p in (before, after))
         assert torch.equal(old.row_widths, new.row_widths)
         assert old.stored_bits() == new.stored_bits()
         start = 0
-        for width, _ in new.panels:
-            levels = new.codebooks[start : start + (1 << width)].float()
+        for id, _ in new.panels:
+            levels = new.codebooks[start : start + levels_of(id)].float()
             assert bool((levels.diff() >= 0).all())
-            start += 1 << width
+            start += levels_of(id)
 
 
 def test_some_codes_and_some_norms_have_changed_and_nothing_was_written_in_place() -> None:

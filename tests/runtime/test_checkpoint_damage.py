@@ -210,12 +210,14 @@ def test_a_checkpoint_of_an_older_version_is_read(
 ) -> None:
     def as_it_was(manifest: dict[str, Any]) -> None:
         manifest["format_version"] = version
+        for holder in (manifest, manifest["plan"]):
+            del holder["recipe"]["trellis"]
         for entry in manifest["sites"].values():
             if version == 1:
                 del entry["correction"]
 
     folder = edited(copied(stack_folder), as_it_was)
-    assert lowra.load(folder, stack()) is not None
+    assert lowra.load(folder, stack()).lowra.recipe["trellis"] is False
 
 
 @pytest.mark.parametrize(

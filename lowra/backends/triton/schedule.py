@@ -21,8 +21,8 @@ SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 INTEGER_PART = 2048
 """Columns of such a part in integers: 64 words of one bit."""
-MOST_TRELLIS_LEVELS = 13
-"""Look-ups of such rows fill the registers: a few tokens meet 64 of them at a time."""
+FULL_REGISTERS = 13
+"""The id of rows whose look-ups fill the registers: a few tokens meet 64 of them at a time."""
 MUCH_SHARED = 160 << 10
 MOST_FUSED_RANK = 128
 """Factors of a larger rank have no room behind a product of many tokens: torch adds them."""
@@ -65,7 +65,7 @@ def blocks_of(
 ) -> Blocks:
     """The usual blocks, or as much of them as has room in shared memory with factors of any rank
     that is fused."""
-    n = 0 if MOST_TRELLIS_LEVELS in panels[0::2] else sum(panels[1::2])
+    n = 0 if FULL_REGISTERS in panels[0::2] else sum(panels[1::2])
     usual = linear_blocks(m, n, target)
     return fitting(weight, dtype.itemsize, usual, MOST_FUSED_RANK, target)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.storage import NO_SCALES, ROW_SCALES
+from lowra.compiler.trellis import RUN
 
 DAMPING = 0.01
 
@@ -91,12 +92,20 @@ def nearest_codes(
     value on a threshold goes below it.
     """
     if runs is not None:
-        index, safe = scale_index(weight.shape[1], group), None if scales is None else _safe(scales)
+        index, safe = scale_index(weight.shape[1], group), _safe(scales, runs)
         return torch.ops.lowra.feedback_codes(weight, None, tables, safe, index, runs).long()
     if scales is not None:
-        weight = weight / _safe(scales)[:, scale_index(weight.shape[1], group)]
+        divisor = torch.where(scales == 0, 1.0, scales)
+        weight = weight / divisor[:, scale_index(weight.shape[1], group)]
     borders = thresholds_of(tables) if thresholds is None else thresholds
     return torch.searchsorted(borders.contiguous(), weight.contiguous())
+
+
+def path_codes(values: Tensor, levels: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Codes int64 [n, k] of a panel of trellis codes on shared levels [L], each column alone."""
+    tables = levels.float().expand(values.shape[0], -1).contiguous()
+    runs = torch.arange(values.shape[0]) // RUN
+    return nearest_codes(values, tables, scales.float(), group, runs=runs)
 
 
 def feedback_codes(
@@ -111,9 +120,8 @@ def feedback_codes(
     order = factor.order
     columns = scale_index(weight.shape[1], group)[order]
     codes = torch.ops.lowra.feedback_codes(
-        weight[:, order], factor.upper, tables, None if scales is None else _safe(scales), columns,
-        runs,
-    )  # fmt: skip
+        weight[:, order], factor.upper, tables, _safe(scales, runs), columns, runs
+    )
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result.long()
@@ -126,12 +134,16 @@ def descend_codes(
     """Codes int64 [n, k] after `sweeps` of coordinate descent on e G e', and their slope e G
     [n, k]; `slope` is that of the codes given, where it is known."""
     moved, left = torch.ops.lowra.descend_codes(
-        weight, gram, tables, None if scales is None else _safe(scales),
+        weight, gram, tables, _safe(scales, runs),
         scale_index(weight.shape[1], group), codes.to(torch.uint8), slope, sweeps, runs,
     )  # fmt: skip
     return moved.long(), left
 
 
-def _safe(scales: Tensor) -> Tensor:
-    """Scales with zeros replaced by ones, to divide by; a zero scale stores zeros anyway."""
-    return torch.where(scales == 0, torch.ones(()), scales)
+def _safe(scales: Tensor | None, runs: Tensor | None) -> Tensor | None:
+    """Scales to divide by: ones in place of zeros, which store zeros anyway. Rows in runs keep
+    theirs: a path divides by none, and a row that stores zeros must have no say in it."""
+    if scales is None:
+        return None
+    own = scales == 0
+    return torch.where(own if runs is None else own & (runs < 0).unsqueeze(1), 1.0, scales)

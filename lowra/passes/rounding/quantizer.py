@@ -41,32 +41,33 @@ def quantize_guided(
     weight: Tensor, guides: Guides, books: Codebooks, row_widths: Tensor, rotation: Rotation,
     rounds: int = 0,
 ) -> PackedWeight:  # fmt: skip
-    """The same with a metric for each group of rows (`row_groups`), and behind a prefix each
+    """The same with a metric for each group of rows (`whole_groups`), and behind a prefix each
     group's weight that makes up for it in that metric. Shared codebooks are those of all rows."""
     parts: list[Rounded] = []
     groups = whole_groups(row_widths, len(guides))
-    for rows, read in zip(groups, guides, strict=True):
-        moments = read()
+    for index, rows in groups.items():
+        moments = guides[index]()
         target = moments.target(weight[rows])
         parts.append(rounded(target, moments, rows_of(books, rows), row_widths[rows], rounds))
-    return _packed(_joined(parts, groups), books, row_widths, rotation)
+    return _packed(_joined(parts, [*groups.values()]), books, row_widths, rotation)
 
 
-def whole_groups(row_widths: Tensor, groups: int) -> list[Tensor]:
-    """The rows int64 of each group (`row_groups`), where a run of trellis codes goes with its first
-    row: none is cut in two."""
-    n = len(row_widths)
-    group = torch.empty(n, dtype=torch.int64)
-    slices = row_groups(n, groups)
-    for index, rows in enumerate(slices):
+def whole_groups(row_widths: Tensor, groups: int) -> dict[int, Tensor]:
+    """The rows int64 of each group (`row_groups`) that has some.
+
+    No run of trellis codes is cut in two: all of it goes where most of its rows belong. Rows of one
+    width lie apart where a site mixes widths, so a run may take rows of a site from other groups.
+    """
+    group = torch.empty(len(row_widths), dtype=torch.int64)
+    for index, rows in enumerate(row_groups(len(row_widths), groups)):
         group[rows] = index
     runs = runs_of(row_widths)
     if runs is not None:
-        first = torch.full((n,), n).scatter_reduce(
-            0, runs.clamp_min(0), torch.where(runs < 0, n, torch.arange(n)), "amin"
-        )
-        group = torch.where(runs < 0, group, group[first[runs.clamp_min(0)].clamp_max(n - 1)])
-    return [(group == index).nonzero().squeeze(1) for index in range(len(slices))]
+        inside = runs >= 0
+        votes = torch.zeros(int(runs.max()) + 1, groups)
+        votes.index_put_((runs[inside], group[inside]), torch.ones(()), accumulate=True)
+        group[inside] = votes.argmax(1)[runs[inside]]
+    return {int(index): (group == index).nonzero().squeeze(1) for index in group.unique()}
 
 
 def rounded(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowra.compiler.trellis import RUN
-from lowra.passes.rounding.feedback import nearest_codes
+from lowra.compiler.storage import ROW_SCALES
+from lowra.passes.rounding.feedback import path_codes
 from lowra.passes.rounding.lloyd import SAMPLE_ROWS, Fit
 
 ROUNDS = 8
@@ -27,35 +27,28 @@ def fit_trellis(values: Tensor, weights: Tensor, start: Fit) -> Fit:
     some = weights if weights.shape[0] == 1 else weights[::step]
     sample, levels, scale = values[::step], start.levels, start.scale[::step]
     for _ in range(ROUNDS):
-        codes = _paths(sample, levels, scale)
-        levels = _levels(sample, some, codes, levels, scale)
-        scale = _scales(sample, some, levels[codes], scale)
-    scale = start.scale
+        codes = path_codes(sample, levels, scale.unsqueeze(1), ROW_SCALES)
+        fresh = _levels(sample, some, codes, levels, scale)
+        scale = _scales(sample, some, fresh[codes], scale)
+        levels = fresh.sort()[0]
+    scale, picked = start.scale, values
     for _ in range(SCALE_ROUNDS):
-        picked = levels[_paths(values, levels, scale)]
+        picked = levels[path_codes(values, levels, scale.unsqueeze(1), ROW_SCALES)]
         scale = _scales(values, weights, picked, scale)
     errors = values - picked * scale.unsqueeze(1)
     return Fit(levels, scale, (errors**2 * weights).sum(1))
 
 
-def _paths(values: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """Codes int64 [n, k], all rows in runs as if they were a panel."""
-    tables = levels.float().expand(values.shape[0], -1).contiguous()
-    runs = torch.arange(values.shape[0]) // RUN
-    return nearest_codes(values, tables, scale.float().unsqueeze(1), -1, runs=runs)
-
-
 def _levels(
     values: Tensor, weights: Tensor, codes: Tensor, levels: Tensor, scale: Tensor
 ) -> Tensor:
-    """The best levels float64 [L] for these codes, in rising order; one without weights stays."""
+    """The best levels float64 [L] for these codes; one without weights stays."""
     factors = scale.unsqueeze(1)
     index = codes.reshape(-1)
     above = torch.zeros_like(levels).index_add_(0, index, (values * weights * factors).reshape(-1))
     mass = (weights * factors**2).expand(codes.shape).reshape(-1)
     below = torch.zeros_like(levels).index_add_(0, index, mass)
-    best = torch.where(below > 0, above / below.clamp_min(1e-300), levels)
-    return best.sort()[0]
+    return torch.where(below > 0, above / below.clamp_min(1e-300), levels)
 
 
 def _scales(values: Tensor, weights: Tensor, picked: Tensor, scale: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lowra.compiler.compact import Compact, round_levels
 from lowra.compiler.packing import FORMATS
 from lowra.compiler.storage import ROW_SCALES, PackedWeight
 from lowra.compiler.trellis import RUN
-from lowra.passes.rounding.feedback import nearest_codes, scale_index
+from lowra.passes.rounding.feedback import path_codes, scale_index
 from lowra.passes.rounding.panels import Panel, put_together, take_apart
 
 FEW = 8
@@ -57,11 +57,8 @@ class _Look(torch.autograd.Function):
 def along_paths(values: Tensor, levels: Tensor, factors: Tensor) -> Tensor:
     """int32 codes [rows, k] of the best paths for a panel's values in units of `factors`, [rows, 1]
     or [rows, k], on shared levels [L]: of least squared error in the values times factors."""
-    columns = factors.shape[1]
-    tables = levels.expand(values.shape[0], -1).contiguous()
-    runs = torch.arange(values.shape[0]) // RUN
-    group = ROW_SCALES if columns == 1 else 1
-    return nearest_codes(values * factors, tables, factors, group, runs=runs).int()
+    group = ROW_SCALES if factors.shape[1] == 1 else 1
+    return path_codes(values * factors, levels, factors, group).int()
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -194,8 +191,8 @@ def _latent_panel(start: Panel, wanted: Tensor, packed: PackedWeight) -> LatentP
 
 
 def _start(start: Panel, unit: Tensor, spacing: Tensor, group: int) -> Tensor:
-    """Latents as near to `unit` [rows, k] as the stored codes allow. A run of trellis codes takes
-    it in the columns where it leads to their path, else the levels themselves."""
+    """Latents as near to `unit` [rows, k] as the stored codes allow. In a run of trellis codes it
+    is all or nothing: `unit` in columns where it leads to the stored path, else bare levels."""
     if not FORMATS[start.width].trellis:
         low, high = _bins(start.codes, start.levels, spacing)
         return torch.minimum(torch.maximum(unit, low), high)

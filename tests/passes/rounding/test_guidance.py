@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowra.compiler.errors import CalibrationError, RecipeError
 from lowra.compiler.facts import Codebooks, Packed, Precision, Prefix, TokenWeights
+from lowra.compiler.packing import runs_of
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.printer import fact_lines
 from lowra.compiler.program import Program
@@ -33,7 +34,7 @@ from lowra.passes import (
 from lowra.passes.rounding import guidance, prefix
 from lowra.passes.rounding.guidance import guides_alone, row_groups
 from lowra.passes.rounding.moments import moments_of
-from lowra.passes.rounding.quantizer import quantize, quantize_guided
+from lowra.passes.rounding.quantizer import quantize, quantize_guided, whole_groups
 from tests.compiler.captured import captured, normalized
 from tests.models import tokens
 from tests.passes.site_programs import CyclicWidths, compiled, correlated_gram, output_loss
@@ -208,7 +209,8 @@ def test_each_group_loses_less_in_its_own_metric_than_the_plain_one_leaves() -> 
 @pytest.mark.parametrize(
     "fit",
     [FitCodebooks((1, 1.6, 2, 3)), FitCodebooks((1, 4), shared=False, scale_bits=8),
-     FitCodebooks((2, 3), group=0, shared=False), FitCodebooks((1, 2), group=32, scale_bits=4)],
+     FitCodebooks((2, 3), group=0, shared=False), FitCodebooks((1, 2), group=32, scale_bits=4),
+     FitCodebooks((2, 4), trellis=True), FitCodebooks((2,), trellis=True)],
     ids=str,
 )  # fmt: skip
 def test_groups_with_one_metric_come_out_as_the_rows_together(fit: FitCodebooks) -> None:
@@ -226,6 +228,23 @@ def test_groups_with_one_metric_come_out_as_the_rows_together(fit: FitCodebooks)
     assert whole.stored_bits() == parts.stored_bits()
     one, two = (moments.loss(weight - rotate(p.dequantize(), rotation)) for p in (whole, parts))
     assert two == pytest.approx(one, rel=0.02)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("rows", [5, 64, 192, 300])
+def test_no_run_of_trellis_codes_is_cut_in_two(rows: int, groups: int) -> None:
+    widths = torch.full((rows,), 12, dtype=torch.uint8)
+    widths[::7] = 4
+    found = whole_groups(widths, groups)
+    assert {*found} <= {*range(groups)} and all(len(part) for part in found.values())
+    assert torch.cat([*found.values()]).sort()[0].tolist() == [*range(rows)]
+    runs = runs_of(widths)
+    assert runs is not None
+    kept = [{*runs[part].tolist()} - {-1} for part in found.values()]
+    assert sum(map(len, kept)) == len(set().union(*kept))
+    for index, part in enumerate(row_groups(rows, groups)):
+        alone = torch.arange(rows)[part][widths[part] == 4].tolist()
+        assert not alone or {*alone} <= {*found[index].tolist()}
 
 
 @given(st.integers(1, 40), st.integers(1, 8))

@@ -1,10 +1,11 @@
 // lowra::feedback_codes: error feedback (GPTQ), and lowra::descend_codes: coordinate descent, with a
 // codebook per row.
 //
-// Rows do not depend on each other, but for those of a run of trellis codes, which are a block. A block of ROWS of them lies transposed, [k][ROWS], so that a
-// vector holds one column of many rows; the k x k matrix streams past it. Inside a panel of PANEL
-// columns changes spread at once, outside it as a small matrix product: HELD vectors of each of TILE
-// columns stay in registers, of which AVX-512 has 32 and others 16.
+// Rows do not depend on each other, but for those of a run of trellis codes, which are a block. A
+// block of ROWS of them lies transposed, [k][ROWS], so that a vector holds one column of many rows;
+// the k x k matrix streams past it. Inside a panel of PANEL columns changes spread at once, outside
+// it as a small matrix product: HELD vectors of each of TILE columns stay in registers, of which
+// AVX-512 has 32 and others 16.
 
 // The value that a column of `wanted` is rounded to, and its codes.
 static void round_to(const Block& block, const Column& wanted, const Column& scale, Column& value,
