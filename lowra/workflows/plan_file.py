@@ -143,12 +143,13 @@ def with_planned(program: Program, plan: Mapping[str, Any]) -> Program:
     """The program with the widths (and layouts and ranks, where they were chosen) of a plan as
     facts."""
     rows = {row["name"]: row for row in plan["sites"]}
-    layouts = Recipe.from_dict(plan["recipe"]).candidate_layouts
+    recipe = Recipe.from_dict(plan["recipe"])
+    layouts = recipe.candidate_layouts
     facts: dict[str, list[object]] = {}
     for site in program.sites:
         row = rows[site.name]
         chosen = "layout" in row or len(layouts) > 1
-        layout = _layout(row, layouts) if chosen else layouts[0]
+        layout = _layout(row, layouts) if chosen else recipe.layout
         facts[site.name] = [Precision(decode_widths(row["row_widths"], site, layout))]
         if chosen:
             facts[site.name].append(layout)

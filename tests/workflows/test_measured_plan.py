@@ -180,10 +180,13 @@ def test_what_a_compile_refuses_is_refused_before_long_work(
 
 
 def test_widths_of_the_file_decode_to_every_row() -> None:
+    from lowra.compiler.layout import Layout
     from lowra.compiler.program import Site
 
     for row in measured().sites:
         n, k = row["shape"]
         site = Site(row["name"], row["name"], n, k, False, torch.float32, (row["name"],))
-        widths = decode_widths(json.loads(json.dumps(row["row_widths"])), site)
-        assert widths.shape == (n,)
+        data = json.loads(json.dumps(row["row_widths"]))
+        for trellis in (False, True):
+            widths = decode_widths(data, site, Layout(trellis=trellis))
+            assert widths.shape == (n,) and bool((widths > 10).any()) == trellis
