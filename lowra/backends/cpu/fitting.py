@@ -188,6 +188,7 @@ def blocks_of(n: int, runs: Tensor | None) -> Blocks:
         places = places_of(runs)
         order = torch.cat(((runs < 0).nonzero().squeeze(1), places[places < n]))
         ends = alone + (places < n).sum(1).cumsum(0)
+        order = None if torch.equal(order, torch.arange(n)) else order
         starts += [alone, *ends.tolist()[:-1]]
         flags += [1] * len(ends)
     return Blocks(order, torch.tensor([*starts, n]), torch.tensor(flags))

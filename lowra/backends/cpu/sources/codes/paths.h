@@ -7,9 +7,16 @@ constexpr int STATES = 64, HALF = STATES / 2, PARTS = HALF / LANES, CYCLE = 16 /
 
 struct Steps { Integers even[PARTS], odd[PARTS]; };  // by state: whether p + 32 came before
 
-struct Subsets {  // of each row: the least error in each subset, and its level
-    float error[ROWS][4];
-    uint8_t level[ROWS][4];
+struct Levels { Integers part[VECTORS]; };
+struct Subsets {  // of each row, by subset: the least error and its level
+    Column error[4];
+    Levels level[4];
+    float error_of(int subset, int row) const {
+        return reinterpret_cast<const float*>(&error[subset])[row];
+    }
+    int level_of(int subset, int row) const {
+        return reinterpret_cast<const int32_t*>(&level[subset])[row];
+    }
 };
 
 static void find_subsets(const Block& block, const Column& wanted, const Column& scale,
@@ -25,10 +32,8 @@ static void find_subsets(const Block& block, const Column& wanted, const Column&
                 least = closer ? error : least;
                 level = closer ? Integers{} + l : level;
             }
-            for (int i = 0; i < LANES; i++) {
-                out.error[v * LANES + i][subset] = least[i];
-                out.level[v * LANES + i][subset] = uint8_t(level[i]);
-            }
+            out.error[subset].part[v] = least;
+            out.level[subset].part[v] = level;
         }
 }
 
@@ -66,12 +71,13 @@ static Patterns patterns() {
 }
 
 // Costs of all states after one row, from those before it.
-static void step_states(const Vector* before, const float* error, const Patterns& of, Vector* after,
-                        Steps& steps) {
-    Vector same[CYCLE], other[CYCLE];
+static void step_states(const Vector* before, const Subsets& subsets, int row, const Patterns& of,
+                        Vector* after, Steps& steps) {
+    Vector same[CYCLE], other[CYCLE], error[4];
+    for (int s = 0; s < 4; s++) error[s] = Vector{} + subsets.error_of(s, row);
     for (int g = 0; g < CYCLE; g++) {
-        const Vector first = of.low[g] ? Vector{} + error[1] : Vector{} + error[0];
-        const Vector second = of.low[g] ? Vector{} + error[3] : Vector{} + error[2];
+        const Vector first = of.low[g] ? error[1] : error[0];
+        const Vector second = of.low[g] ? error[3] : error[2];
         same[g] = of.high[g] ? second : first;
         other[g] = of.high[g] ? first : second;
     }
@@ -102,7 +108,7 @@ static void best_path(const Block& block, const Column& wanted, const Column& sc
     cost[0][0][0] = 0;
     const int rows = int(block.rows);
     for (int r = 0; r < rows; r++)
-        step_states(cost[r % 2], subsets.error[r], of, cost[(r + 1) % 2], steps[r]);
+        step_states(cost[r % 2], subsets, r, of, cost[(r + 1) % 2], steps[r]);
     uint8_t* code = reinterpret_cast<uint8_t*>(&codes);
     float* to = reinterpret_cast<float*>(&value);
     const float* by = reinterpret_cast<const float*>(&scale);
@@ -114,7 +120,7 @@ static void best_path(const Block& block, const Column& wanted, const Column& sc
         const bool far = taken[p / LANES][p % LANES];
         const int turned = (state & 1) ^ far;
         const int subset = (2 * (p & 1) + ((p >> 1 ^ p >> 3) & 1)) ^ 2 * turned;
-        code[r] = subsets.level[r][subset];
+        code[r] = uint8_t(subsets.level_of(subset, r));
         to[r] = levels[code[r] * ROWS + r] * by[r];
         state = p + HALF * far;
     }
