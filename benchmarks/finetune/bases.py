@@ -28,8 +28,9 @@ class Base:
 
 def base_of(name: str, task: Task) -> Base:
     """`original`, `nf4`, `loftq-4`, `loftq-2`, `default BITS` or `lowra BITS`; with ` all` behind
-    it, norms, codebooks and scales train too, and with ` tuned`, the base is tuned before. Raises
-    ValueError for another name, or a budget that a preset cannot keep."""
+    it, norms, codebooks and scales train too, with ` tuned`, the base is tuned before, and with
+    ` plain`, no rows hold trellis codes. Raises ValueError for another name, or a budget that a
+    preset cannot keep."""
     kind, bits, *more = *name.split(" "), ""
     makers: Mapping[str, Callable[[], Base]] = {
         "original": lambda: Base(with_lora(copy.deepcopy(task.model)), 16.0),
@@ -89,6 +90,7 @@ def _compiled(task: Task, preset: str, bits: float, more: list[str]) -> Base:
             "calibration": task.calibration, "context": context,
             "calibration_tokens": windows * context,
             "tune": "full" if "tuned" in more else "none",
+            "trellis": False if "plain" in more else None,
         }  # fmt: skip
     model = lowra.compile(
         task.model, bit_budget=budget, preset=preset, rank=RANK, alpha=RANK,

@@ -14,7 +14,8 @@ TOP = 250.0
 BITS = (1.0, 4.75)
 COLOURS = {
     "default": "#c2185b", "default all": "#ad1457", "default tuned": "#7b1fa2",
-    "default tuned all": "#4a148c", "lowra": "#e08a00", "nf4": "#1f77b4", "loftq": "#2ca02c",
+    "default tuned all": "#4a148c", "default plain": "#e57aa3", "default plain all": "#d05a8c",
+    "default plain tuned all": "#a98bd0", "lowra": "#e08a00", "nf4": "#1f77b4", "loftq": "#2ca02c",
 }  # fmt: skip
 
 Point = tuple[float, float]

@@ -14,8 +14,8 @@ def finetuned(data: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{protocol['model']}; {protocol['train']}; {protocol['test']}; {protocol['batch']} a "
         f"step; adapter: {protocol['adapter']}; {protocol['schedule']}. Bases named `tuned` "
-        'are compiled with `tune="full"`; those named `all` '
-        "train norms, codebooks and scales too (`benchmarks/results/finetune_quality.json`)."
+        'are compiled with `tune="full"`, those named `plain` with `trellis=False`; those named '
+        "`all` train norms, codebooks and scales too (`benchmarks/results/finetune_quality.json`)."
     )
     yield ""
     yield from _table(rows)
