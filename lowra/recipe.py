@@ -70,9 +70,10 @@ class Recipe:
     count_adapters: LoRA factors, at 16 bit, count towards the budget.
     include, ignore: patterns (globs, or regular expressions after `re:`) of weights compressed
         although skipped by default (the head), or left alone. pins: {pattern: width}.
-    tune: "none"; "blocks", learned rounding of the codes, block by block; or "full", and then
-        end to end: codebooks, scales and norms, and behind them the adapter on the frozen base
-        (but for init="zero"). Minutes where the rest takes seconds; needs calibration.
+    tune: "none"; "blocks", learned rounding of plain codes, with levels, scales and norms, block by
+        block; or "full", and then end to end: codebooks, scales and norms, and behind them the
+        adapter on the frozen base (but for init="zero"). Minutes where the rest takes seconds;
+        needs calibration.
     tune_steps: steps per block, tune_model_steps: steps end to end; tune_batch_tokens: tokens of
         each step.
     guided: 1, 2 or 4 groups of rows per site, each quantized in the metric in which a calibration

@@ -1,9 +1,11 @@
 """Trainable stand-ins for packed weights: a latent value per code, levels and scales as offsets.
 
 Forward, every latent is rounded to the nearest level of its row's codebook and multiplied by the
-scale; trellis codes take the best paths for the latents. Backward, the gradient passes the rounding
-as if it were not there (straight-through, as in AutoRound, arXiv 2309.05516, and EfficientQAT,
-arXiv 2407.11062, here towards free codebooks).
+scale. Backward, the gradient passes the rounding as if it were not there (straight-through, as in
+AutoRound, arXiv 2309.05516, and EfficientQAT, arXiv 2407.11062, here towards free codebooks).
+
+Trellis codes have no latents and stay: a latent that crosses a threshold sends 64 rows on other
+paths, which undoes more than it mends. Their levels and scales train.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from torch import Tensor
 
 from lowra.compiler.compact import Compact, round_levels
 from lowra.compiler.packing import FORMATS
-from lowra.compiler.storage import ROW_SCALES, PackedWeight
-from lowra.compiler.trellis import RUN
-from lowra.passes.rounding.feedback import path_codes, scale_index
+from lowra.compiler.storage import PackedWeight
+from lowra.passes.rounding.feedback import scale_index
 from lowra.passes.rounding.panels import Panel, put_together, take_apart
 
 FEW = 8
@@ -29,36 +30,27 @@ MARGIN = 0.01
 
 
 class _Look(torch.autograd.Function):
-    """Latents [rows, k] in units of scale -> level of the nearest code times scale."""
+    """Latents [rows, k] in units of scale -> level of the nearest code times scale; or, for codes
+    int32 [rows, k] that stay, level of the code times scale."""
 
     @staticmethod
-    def forward(
-        ctx: Any, latents: Tensor, levels: Tensor, factors: Tensor, on_trellis: bool
-    ) -> Tensor:
-        codes = along_paths(latents, levels, factors) if on_trellis else nearest(latents, levels)
+    def forward(ctx: Any, latents: Tensor, levels: Tensor, factors: Tensor) -> Tensor:
+        codes = nearest(latents, levels) if latents.is_floating_point() else latents
         picked = look_up(codes, levels)
         ctx.save_for_backward(codes, picked, factors)
         ctx.shape = levels.shape
         return picked * factors
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         codes, picked, factors = ctx.saved_tensors
         grad: Tensor = grads[0]
         scaled = grad * factors
         levels = level_grads(codes, scaled, ctx.shape) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[2]:
-            return scaled, levels, None, None
+            return scaled, levels, None
         products = grad * picked
-        factor = products.sum(1, keepdim=True) if factors.shape[1] == 1 else products
-        return scaled, levels, factor, None
-
-
-def along_paths(values: Tensor, levels: Tensor, factors: Tensor) -> Tensor:
-    """int32 codes [rows, k] of the best paths for a panel's values in units of `factors`, [rows, 1]
-    or [rows, k], on shared levels [L]: of least squared error in the values times factors."""
-    group = ROW_SCALES if factors.shape[1] == 1 else 1
-    return path_codes(values * factors, levels, factors, group).int()
+        return scaled, levels, products.sum(1, keepdim=True) if factors.shape[1] == 1 else products
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -91,7 +83,8 @@ def level_grads(codes: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentPanel:
-    """One panel in training. `start` is as stored; levels and scales move by `unit * offset`."""
+    """One panel in training. `start` is as stored; levels and scales move by `unit * offset`.
+    latents: float32 [rows, k], or the codes int32 of a trellis."""
 
     start: Panel
     group: int
@@ -110,34 +103,23 @@ class LatentPanel:
             return None
         return self.start.scales * (1 + self.scale_offset)
 
-    @property
-    def on_trellis(self) -> bool:
-        return FORMATS[self.start.width].trellis
-
-    def factors(self) -> Tensor:
-        """What a latent is multiplied by: [rows, 1] or [rows, k], [1, 1] without scales."""
-        scales = self.scales()
-        if scales is None:
-            return torch.ones(1, 1)
-        return column_factors(scales, self.latents.shape[1], self.group)
-
     def values(self) -> Tensor:
         """float32 [rows, k]."""
-        given = (self.latents, self.levels(), self.factors(), self.on_trellis)
-        return _Look.apply(*given)  # pyright: ignore
+        scales = self.scales()
+        factors = torch.ones(1, 1) if scales is None else scales
+        if scales is not None and scales.shape[1] > 1:
+            factors = scales[:, scale_index(self.latents.shape[1], self.group)]
+        return _Look.apply(self.latents, self.levels(), factors)  # pyright: ignore
 
     def stored(self) -> Panel:
         """The panel with its levels rounded as stored, and the codes nearest to those.
 
-        Scales are rounded where the whole weight is put together: codes of rows of their own do not
-        depend on them, and those of trellis rows only where paths are all but equal.
+        Scales are rounded where the whole weight is put together: codes do not depend on them.
         """
         levels = round_levels(self.levels().detach(), self.compact)
-        scales, latents = self.scales(), self.latents.detach()
-        if self.on_trellis:
-            codes = along_paths(latents, levels, self.factors().detach())
-        else:
-            codes = nearest(latents, levels)
+        scales, codes = self.scales(), self.start.codes
+        if self.latents.is_floating_point():
+            codes = nearest(self.latents.detach(), levels)
         scales = None if scales is None else scales.detach()
         return replace(self.start, levels=levels, codes=codes, scales=scales)
 
@@ -162,7 +144,8 @@ class LatentWeight:
     def latents(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every latent tensor with the distance between levels, [1] or [rows, 1]."""
         for panel in self.panels:
-            yield panel.latents, panel.spacing
+            if panel.latents.is_floating_point():
+                yield panel.latents, panel.spacing
 
     def offsets(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those of levels, those of scales."""
@@ -176,36 +159,19 @@ class LatentWeight:
 def _latent_panel(start: Panel, wanted: Tensor, packed: PackedWeight) -> LatentPanel:
     levels = start.levels
     spacing = (levels[..., -1:] - levels[..., :1]) / (levels.shape[-1] - 1)
-    if FORMATS[start.width].trellis:
-        spacing = 2 * spacing  # of two subsets in four, every other level is free
     unit = wanted
     if start.scales is not None:
         scales = torch.where(start.scales == 0, torch.ones(()), start.scales)
         unit = wanted / scales[:, scale_index(wanted.shape[1], packed.group)]
-    latents = _start(start, unit, spacing, packed.group).requires_grad_()
+    latents = start.codes
+    if not FORMATS[start.width].trellis:
+        low, high = _bins(start.codes, levels, spacing)
+        latents = torch.minimum(torch.maximum(unit, low), high).requires_grad_()
     offset = None if start.scales is None else torch.zeros_like(start.scales).requires_grad_()
     return LatentPanel(
         start, packed.group, packed.compact, latents, spacing,
         torch.zeros_like(levels).requires_grad_(), offset,
     )  # fmt: skip
-
-
-def _start(start: Panel, unit: Tensor, spacing: Tensor, group: int) -> Tensor:
-    """Latents as near to `unit` [rows, k] as the stored codes allow. In a run of trellis codes it
-    is all or nothing: `unit` in columns where it leads to the stored path, else bare levels."""
-    if not FORMATS[start.width].trellis:
-        low, high = _bins(start.codes, start.levels, spacing)
-        return torch.minimum(torch.maximum(unit, low), high)
-    assert start.scales is not None
-    factors = column_factors(start.scales, unit.shape[1], group)
-    leads = along_paths(unit, start.levels, factors) == start.codes
-    whole = torch.cat([run.all(0).expand_as(run) for run in leads.split(RUN)])
-    return torch.where(whole, unit, look_up(start.codes, start.levels))
-
-
-def column_factors(scales: Tensor, k: int, group: int) -> Tensor:
-    """Scales [rows, groups] as factors of weights: [rows, 1] or [rows, k]."""
-    return scales if scales.shape[1] == 1 else scales[:, scale_index(k, group)]
 
 
 def _bins(codes: Tensor, levels: Tensor, spacing: Tensor) -> tuple[Tensor, Tensor]:
