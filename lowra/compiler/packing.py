@@ -220,7 +220,7 @@ def _unpack_plane(words: Tensor, bits: int, columns: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def runs_of(row_widths: Tensor) -> Tensor | None:
+def trellis_runs(row_widths: Tensor) -> Tensor | None:
     """int64 [n]: the run of trellis codes that each row belongs to, -1 for a row of its own; None
     where all are. Rows of a run keep their order, and are of one width."""
     runs = torch.full(row_widths.shape, -1, dtype=torch.int64, device=row_widths.device)

@@ -12,7 +12,7 @@ from lowra.compiler.compact import PLAIN, Compact, round_levels, round_scales, s
 from lowra.compiler.errors import RecipeError, WeightError
 from lowra.compiler.facts import Codebooks, LayoutFits, Statistics
 from lowra.compiler.layout import Layout
-from lowra.compiler.packing import FORMATS, runs_of
+from lowra.compiler.packing import FORMATS, trellis_runs
 from lowra.compiler.pipeline import Pass
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
@@ -273,7 +273,7 @@ def _measured_over_expected(weight: Tensor, moments: InputMoments, books: Codebo
     every = rows_of(books, rows.repeat(count))
     target = weight[rows].repeat(count, 1)
     tables, scales = row_tables(every, ids)
-    codes = feedback_codes(target, moments.factor, tables, scales, books.group, runs_of(ids))
+    codes = feedback_codes(target, moments.factor, tables, scales, books.group, trellis_runs(ids))
     value = tables.gather(1, codes)
     if scales is not None:
         value = value * scales[:, scale_index(weight.shape[1], books.group)]

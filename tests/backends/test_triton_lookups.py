@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from lowra.backends.triton.lookups import LIKE, TABLE_WORDS, look_up
+from lowra.backends.triton.lookups import SAME_LEVELS, TABLE_WORDS, look_up
 from lowra.backends.triton.tables import _WORDS
 from lowra.backends.triton.trellis_words import TAPS, number_lines, number_words
 from lowra.compiler import trellis
@@ -19,7 +19,7 @@ from tests.backends.ptx import MASK, execute, lop3, prmt
 def table_words(width: int, values: list[int]) -> list[int]:
     """Registers of a table of half-precision patterns, by the text that kernels run."""
     names = {f"c{i}": value for i, value in enumerate(values)}
-    return [eval(text, {}, dict(names)) for text in _WORDS[LIKE.get(width, width)]]
+    return [eval(text, {}, dict(names)) for text in _WORDS[SAME_LEVELS.get(width, width)]]
 
 
 def packed_words(width: int, codes: torch.Tensor) -> list[list[int]]:

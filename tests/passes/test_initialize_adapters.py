@@ -25,6 +25,7 @@ DATA_FREE_FITS = [
     FitCodebooks((2,), -1, True), FitCodebooks((2,), -1, False), FitCodebooks((2,), 0, False),
     FitCodebooks((2,), 32, True), FitCodebooks((2,), 32, False),
     FitCodebooks((2,), 32, False, "paper"), FitCodebooks((2,), -1, False, "paper"),
+    FitCodebooks((2,), -1, True, trellis=True),
 ]  # fmt: skip
 
 
@@ -92,10 +93,11 @@ def test_degenerate_errors_have_finite_factors(n: int, k: int, what: str) -> Non
         torch.testing.assert_close(b @ a, error, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("fit", [DATA_FREE_FITS[0], DATA_FREE_FITS[-1]], ids=str)
 @pytest.mark.parametrize("rule", ["closed-form", "two-sided", "alternate", "loftq", "zero"])
-def test_errors_stated_are_those_of_base_and_base_plus_adapter(rule: str) -> None:
+def test_errors_stated_are_those_of_base_and_base_plus_adapter(rule: str, fit: Pass) -> None:
     weights, grams = two_sites()
-    program = adapted(InitializeAdapters(3, 8.0, rule))
+    program = adapted(InitializeAdapters(3, 8.0, rule), fit)
     for site in program.sites:
         weight, gram = weights[site.name].double(), grams[site.name]
         base = program.fact(site.name, Packed)

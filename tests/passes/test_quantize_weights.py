@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowra.compiler.errors import CalibrationError
 from lowra.compiler.facts import Codebooks, Packed, Precision
-from lowra.compiler.packing import runs_of
+from lowra.compiler.packing import trellis_runs
 from lowra.compiler.pipeline import Pass, run_pipeline
 from lowra.compiler.program import Program
 from lowra.compiler.rotation import Rotation
@@ -255,7 +255,7 @@ def test_rounds_lower_the_error_of_every_row(fit: Pass, rotated: bool) -> None:
                 grams[name] + torch.eye(weight.shape[1]) * DAMPING * grams[name].diagonal().mean()
             )
             lost = (weight - program.fact(name, Packed).weight.dequantize()).double()
-            runs = runs_of(program.fact(name, Precision).row_widths)
+            runs = trellis_runs(program.fact(name, Precision).row_widths)
             now.append(by_run(((lost @ gram.double()) * lost).sum(1), runs))
         errors.append(torch.cat(now))
     assert bool((errors[1] <= errors[0] * (1 + 1e-3)).all())

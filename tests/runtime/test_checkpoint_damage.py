@@ -18,7 +18,7 @@ from torch import nn
 import lowra
 from lowra.compiler.errors import CheckpointError
 from lowra.runtime.manifest import manifest_checksum
-from tests.runtime.compiled_models import compiled_stack, output, stack
+from tests.runtime.compiled_models import STACK, compile_case, compiled_stack, output, stack
 
 Copied = Callable[[Path], Path]
 FILES = ("model.safetensors", "adapter_model.safetensors")
@@ -205,9 +205,10 @@ def test_another_format_version_is_refused_with_the_way_out(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_checkpoint_of_an_older_version_is_read(
-    copied: Copied, stack_folder: Path, version: int
-) -> None:
+def test_a_checkpoint_of_an_older_version_is_read(tmp_path: Path, version: int) -> None:
+    """As it was written: rows of plain codes, and a recipe that does not say so."""
+    plain = compile_case(stack, **STACK, trellis=False)
+
     def as_it_was(manifest: dict[str, Any]) -> None:
         manifest["format_version"] = version
         for holder in (manifest, manifest["plan"]):
@@ -216,8 +217,10 @@ def test_a_checkpoint_of_an_older_version_is_read(
             if version == 1:
                 del entry["correction"]
 
-    folder = edited(copied(stack_folder), as_it_was)
-    assert lowra.load(folder, stack()).lowra.recipe["trellis"] is False
+    folder = edited(lowra.save(plain.compiled, tmp_path / "old"), as_it_was)
+    read = lowra.load(folder, stack())
+    assert read.lowra.recipe["trellis"] is False
+    assert torch.equal(output(read, plain.inputs), output(plain.compiled, plain.inputs))
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def emit(key: KernelKey) -> str:
         *(_part(f"product/{name}") for name in BEFORE),
         _STEPS if key.widths else "",
         *(_part(f"product/{name}") for name in (UNPACKED if unpacks else MULTIPLIED)),
-        _part("product/trellis_lanes") if any(trellis(id) for id in key.widths) else "",
+        _part("product/trellis_lanes") if any(holds_trellis(id) for id in key.widths) else "",
         *(codes_of(width) for width in key.widths if width in UNPACKING),
         _part("product/ternary") if 9 in key.widths else "",
         dispatch(key),
@@ -153,7 +153,7 @@ UNPACKING = {
 i / w of word i % w, and a tile is w = 8 words per bit."""
 
 
-def trellis(id: int) -> bool:
+def holds_trellis(id: int) -> bool:
     """Whether rows of this width hold trellis codes."""
     return FORMATS[id].trellis
 
@@ -170,7 +170,7 @@ def codes_of(width: int) -> str:
     skipped = [f"words[{i}] += tiles * {8 * bits};" for i, bits in enumerate(planes)]
     opened = [f"words[0] = panel.words + row * row_words(k, {planes[0]});"]
     tail = f"gather_tail<{planes[0]}>(words[0], t.words, t.wide[s])"
-    if trellis(width):
+    if holds_trellis(width):
         held.append("Before before;")
         opened.append("before = rows_before(panel, row, k);")
         tail = f"number_tail<{planes[0]}>(words[0], before, t, s)"
@@ -180,11 +180,11 @@ def codes_of(width: int) -> str:
         last = "gather_tail<1>(words[1], t.narrow_words, t.narrow[s])"
         joined = f"choose(low_bits(2), {tail}, {last})"
         added = f"add_bits({tail}, 0x08080808, shift_halves_left<1, 1>({last}))"
-        tail = added if trellis(width) else joined
+        tail = added if holds_trellis(width) else joined
     return f"""\
 struct Codes{width} {{
     static constexpr int LEVELS = {FORMATS[width].levels}, BITS = {sum(planes)};
-    static constexpr int PLANE = {planes[0]}, CLEAR = {int(trellis(width))};
+    static constexpr int PLANE = {planes[0]}, CLEAR = {int(holds_trellis(width))};
     {" ".join(held)}
     Lanes p0{{}}, p1{{}}, p2{{}};
     void open(const Panel& panel, int64_t row, int64_t k) {{

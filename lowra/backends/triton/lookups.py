@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LIKE = {11: 2, 12: 3, 13: 4}
+SAME_LEVELS = {11: 2, 12: 3, 13: 4}
 """Trellis codes, and plain ones with as many levels: numbers of the levels are looked up alike."""
 TABLE_WORDS = {1: 2, 2: 2, 3: 4, 4: 8, 9: 2, 11: 2, 12: 4, 13: 8}
 """Registers of a table by width id, as `table_lines` of tables.py fills them."""
@@ -95,7 +95,7 @@ class _Block:
 
 def look_up(width: int, own: bool) -> LookUp:
     """The block for words of rows of `width`; of trellis codes, those of `number_lines`."""
-    like = LIKE.get(width, width)
+    like = SAME_LEVELS.get(width, width)
     words = 2 if like == 3 else 1
     fields = 5 if like == 9 else 32 // (2 if like == 3 else like)
     pack = 4 if like == 9 else 2

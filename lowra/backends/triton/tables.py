@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowra.backends.triton.lookups import LIKE, TABLE_WORDS, look_up
+from lowra.backends.triton.lookups import SAME_LEVELS, TABLE_WORDS, look_up
 from lowra.compiler.packing import levels_of
 
 DESCRIPTOR = ("width", "stored", "rows", "plane0", "plane1", "table")
@@ -49,7 +49,7 @@ def table_lines(width: int, own: bool, dtype: str) -> list[str]:
     for i in range(levels):
         value = f"tl.load(at + {i}).to(tl.float32).to(tl.{dtype})"
         lines.append(f"c{i} = {value}.to(tl.uint16, bitcast=True).to(tl.uint32)")
-    words = _WORDS[LIKE.get(width, width)]
+    words = _WORDS[SAME_LEVELS.get(width, width)]
     for i, word in enumerate(words):
         lines.append(f"t{i} = {f'({word})[:, None]' if own else word}")
     assert len(words) == TABLE_WORDS[width]

@@ -22,7 +22,7 @@ import torch
 
 from lowra.compiler.errors import BudgetError
 from lowra.compiler.facts import Codebooks, Statistics
-from lowra.compiler.packing import runs_of
+from lowra.compiler.packing import trellis_runs
 from lowra.compiler.program import Program, Site
 from lowra.compiler.progress import stage
 from lowra.compiler.rotation import Rotation, rotate
@@ -127,7 +127,7 @@ def _squared_values(
     moments = reader.read(site)
     ids = torch.tensor(books.ids, dtype=torch.uint8)[torch.from_numpy(picked)]
     tables, scales = row_tables(books, ids)
-    codes = feedback_codes(weight, moments.factor, tables, scales, books.group, runs_of(ids))
+    codes = feedback_codes(weight, moments.factor, tables, scales, books.group, trellis_runs(ids))
     value = tables.gather(1, codes)
     if scales is not None:
         value = value * scales[:, scale_index(site.k, books.group)]

@@ -86,7 +86,7 @@ def nearest_codes(
     thresholds: Tensor | None = None, runs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Codes int64 [n, k] of the nearest level, each weight on its own, or of the best path of each
-    column through `runs` of trellis codes (lowra.compiler.packing.runs_of).
+    column through `runs` of trellis codes (lowra.compiler.packing.trellis_runs).
 
     `thresholds` [n, L - 1], filled with +inf, stand for the middles between levels where given; a
     value on a threshold goes below it.

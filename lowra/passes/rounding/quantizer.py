@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowra.compiler.facts import Codebooks
-from lowra.compiler.packing import levels_of, runs_of, width_of
+from lowra.compiler.packing import levels_of, trellis_runs, width_of
 from lowra.compiler.rotation import Rotation
 from lowra.compiler.storage import PackedWeight, pack_weight
 from lowra.passes.rounding.feedback import feedback_codes, nearest_codes
@@ -33,7 +33,7 @@ def quantize(
         return _packed(state, books, row_widths, rotation)
     tables, scales = row_tables(books, row_widths)
     borders = row_thresholds(books, row_widths)
-    codes = nearest_codes(weight, tables, scales, books.group, borders, runs_of(row_widths))
+    codes = nearest_codes(weight, tables, scales, books.group, borders, trellis_runs(row_widths))
     return _packed(Rounded(codes, tables, scales, books.group), books, row_widths, rotation)
 
 
@@ -61,7 +61,7 @@ def whole_groups(row_widths: Tensor, groups: int) -> dict[int, Tensor]:
     group = torch.empty(len(row_widths), dtype=torch.int64)
     for index, rows in enumerate(row_groups(len(row_widths), groups)):
         group[rows] = index
-    runs = runs_of(row_widths)
+    runs = trellis_runs(row_widths)
     if runs is not None:
         inside = runs >= 0
         votes = torch.zeros(int(runs.max()) + 1, groups)
@@ -75,7 +75,7 @@ def rounded(
 ) -> Rounded:
     """Codes by error feedback, then at most `rounds` of refinement."""
     tables, scales = row_tables(books, row_widths)
-    runs = runs_of(row_widths)
+    runs = trellis_runs(row_widths)
     codes = feedback_codes(weight, moments.factor, tables, scales, books.group, runs)
     state = Rounded(
         codes, tables, scales, books.group, books.shared, books.compact, books.span, runs

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowra.compiler.errors import CalibrationError, RecipeError
 from lowra.compiler.facts import Codebooks, Packed, Precision, Prefix, TokenWeights
-from lowra.compiler.packing import runs_of
+from lowra.compiler.packing import trellis_runs
 from lowra.compiler.pipeline import run_pipeline
 from lowra.compiler.printer import fact_lines
 from lowra.compiler.program import Program
@@ -238,7 +238,7 @@ def test_no_run_of_trellis_codes_is_cut_in_two(rows: int, groups: int) -> None:
     found = whole_groups(widths, groups)
     assert {*found} <= {*range(groups)} and all(len(part) for part in found.values())
     assert torch.cat([*found.values()]).sort()[0].tolist() == [*range(rows)]
-    runs = runs_of(widths)
+    runs = trellis_runs(widths)
     assert runs is not None
     kept = [{*runs[part].tolist()} - {-1} for part in found.values()]
     assert sum(map(len, kept)) == len(set().union(*kept))
