@@ -1,31 +1,38 @@
 """Measured times of the GPU kernels beside torch's bfloat16 linear, by replay of CUDA graphs.
 
-    python -m benchmarks.speed.gpu [--every] [--sweep]
+    python -m benchmarks.speed.gpu [--every] [--sweep] [--jobs 8]
 
 Every product runs over weights that are together larger than the cache, both sides by turns in one
 run; seconds are the least of several replays, per product. `--sweep` tries other blocks and parts;
 `--every` takes all shapes of 7B, 8B and 70B Llamas, five kinds of weights and nine numbers of
-tokens, 450 rows in place of 49.
+tokens, 450 rows in place of 77. `--jobs` builds the kernels first, so many at once. bitsandbytes'
+NF4 is measured beside them where it is installed.
 Writes benchmarks/results/speed_gpu.json. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
+from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.finetune.memory import nf4_layer
 from benchmarks.results_file import write_results
 from benchmarks.speed.gpu_kernels import refuse_replaced, require_kernels
 from lowra.backends.activations import activations
-from lowra.backends.triton import linear, schedule, service
-from lowra.backends.triton.integer import MOST_FINE_TOKENS, MOST_TOKENS
+from lowra.backends.triton import integer, schedule, service
 from lowra.backends.triton.tuning import entry_of
+from lowra.backends.triton.weight import weight_of
 from lowra.compiler.storage import UNROTATED
 from lowra.workflows.bench import random_weight
 from lowra.workflows.gpu_timing import COLD_BYTES, Run, device_copies, seconds_of
@@ -33,10 +40,15 @@ from lowra.workflows.tune_kernels import candidates, run_of
 
 RANK = 16
 KINDS_OF_X = ("int8", "int16")
+BESIDE = (*KINDS_OF_X, "nf4")
+TRELLIS = "trellis"
+"""A case so named has trellis codes."""
 SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
     ("4 bits", 8192, 8192, (4,)), ("3 bits", 8192, 8192, (3,)), ("2 bits", 8192, 8192, (2,)),
     ("1 bit", 8192, 8192, (1,)), ("1.5 bits mixed", 28672, 4096, (2, 1)),
     ("2 bits", 4096, 4096, (2,)), ("1.5 bits mixed", 4096, 14336, (2, 1)),
+    ("3 bits trellis", 8192, 8192, (3,)), ("2 bits trellis", 8192, 8192, (2,)),
+    ("1 bit trellis", 8192, 8192, (1,)), ("1.5 bits trellis", 28672, 4096, (2, 1)),
 )  # fmt: skip
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 EVERY_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
@@ -54,6 +66,7 @@ SWEPT = (
 )  # fmt: skip
 Row = dict[str, Any]
 Case = tuple[str, int, int, tuple[float, ...]]
+Copies = list[tuple[Any, ...]]
 
 
 def every_case() -> list[Case]:
@@ -81,33 +94,14 @@ def bandwidths() -> dict[str, float]:
 def measured(
     name: str, n: int, k: int, widths: tuple[float, ...], tokens: tuple[int, ...] = TOKENS
 ) -> Iterator[Row]:
-    op, op_lora = torch.ops.lowra.quantized_linear, torch.ops.lowra.quantized_linear_lora
-    weight = random_weight(n, k, *widths)
+    weight = random_weight(n, k, *widths, trellis=name.endswith(TRELLIS))
     plain, turned = device_copies(replace(weight, rotation=UNROTATED)), device_copies(weight)
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16)]
     dense += [dense[0].clone() for _ in range(max(1, COLD_BYTES // (n * k * 2) - 1))]
-    a = torch.randn(RANK, k, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(n, RANK, device="cuda", dtype=torch.bfloat16)
+    nf4 = nf4_copies(dense)
     size = plain[0][0].numel() * 4
     for m in tokens:
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        runs: dict[str, tuple[Run, int]] = {
-            "lowra": (lambda i, x=x: op(x, *plain[i % len(plain)], None), len(plain)),
-            "rotated": (lambda i, x=x: op(x, *turned[i % len(turned)], None), len(turned)),
-            "lora": (
-                lambda i, x=x: op_lora(x, *plain[i % len(plain)], None, a, b, 1.0), len(plain),
-            ),
-            "values": (
-                lambda i: torch.ops.lowra.dequantize(*plain[i % len(plain)], torch.bfloat16),
-                len(plain),
-            ),
-            "dense": (lambda i, x=x: functional.linear(x, dense[i % len(dense)]), len(dense)),
-        }  # fmt: skip
-        for kind, most in zip(KINDS_OF_X, (MOST_TOKENS, MOST_FINE_TOKENS), strict=True):
-            if m <= most:
-                runs[kind] = (in_integers(kind, runs["lowra"][0]), len(plain))
-                runs[f"{kind}_rotated"] = (in_integers(kind, runs["rotated"][0]), len(turned))
-                runs[f"{kind}_lora"] = (in_integers(kind, runs["lora"][0]), len(plain))
+        runs = {**runs_of(m, plain, turned), **runs_beside(m, dense, nf4)}
         best = seconds_of(runs)
         refuse_replaced()
         yield {
@@ -115,8 +109,78 @@ def measured(
             **{f"{what}_us": 1e6 * seconds for what, seconds in best.items()},
             "ratio": best["dense"] / best["lowra"], "gb_per_s": size / best["lowra"] / 1e9,
             "lora_over_plain": best["lora"] / best["lowra"],
-            **{f"{kind}_ratio": best["dense"] / best[kind] for kind in best if kind in KINDS_OF_X},
+            **{f"{kind}_ratio": best["dense"] / best[kind] for kind in best if kind in BESIDE},
         }  # fmt: skip
+
+
+def runs_of(m: int, plain: Copies, turned: Copies) -> dict[str, tuple[Run, int]]:
+    """Our products of m tokens: as they are, rotated, with an adapter; unpacking; in integers."""
+    op, op_lora = torch.ops.lowra.quantized_linear, torch.ops.lowra.quantized_linear_lora
+    n, k = sum(plain[0][4][1::2]), plain[0][5]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    a = torch.randn(RANK, k, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(n, RANK, device="cuda", dtype=torch.bfloat16)
+    runs: dict[str, tuple[Run, int]] = {
+        "lowra": (lambda i: op(x, *plain[i % len(plain)], None), len(plain)),
+        "rotated": (lambda i: op(x, *turned[i % len(turned)], None), len(turned)),
+        "lora": (lambda i: op_lora(x, *plain[i % len(plain)], None, a, b, 1.0), len(plain)),
+        "values": (
+            lambda i: torch.ops.lowra.dequantize(*plain[i % len(plain)], torch.bfloat16),
+            len(plain),
+        ),
+    }
+    weight = weight_of(plain[0])
+    target = service.target_of(x.device)
+    assert target is not None
+    for kind in KINDS_OF_X:
+        if integer.takes(weight.key, k, m, kind == "int16", target):
+            runs[kind] = (in_integers(kind, runs["lowra"][0]), len(plain))
+            runs[f"{kind}_rotated"] = (in_integers(kind, runs["rotated"][0]), len(turned))
+            runs[f"{kind}_lora"] = (in_integers(kind, runs["lora"][0]), len(plain))
+    return runs
+
+
+def runs_beside(m: int, dense: list[Tensor], nf4: list[nn.Module]) -> dict[str, tuple[Run, int]]:
+    """torch's product, and bitsandbytes' where it is installed."""
+    x = torch.randn(m, dense[0].shape[1], device="cuda", dtype=torch.bfloat16)
+    runs: dict[str, tuple[Run, int]] = {
+        "dense": (lambda i: functional.linear(x, dense[i % len(dense)]), len(dense))
+    }
+    if nf4:
+        runs["nf4"] = (lambda i: nf4[i % len(nf4)](x), len(nf4))
+    return runs
+
+
+def nf4_copies(dense: list[Tensor]) -> list[nn.Module]:
+    """Layers of bitsandbytes that are together larger than the cache; none without it."""
+    if not find_spec("bitsandbytes"):
+        return []
+    n, k = dense[0].shape
+    site = nn.Linear(k, n, bias=False, device="meta", dtype=torch.bfloat16)
+    site.weight = nn.Parameter(dense[0].cpu(), requires_grad=False)
+    layer = nf4_layer(site).cuda()
+    return [layer, *(copy.deepcopy(layer) for _ in range(COLD_BYTES // (n * k // 2)))]
+
+
+def build_ahead(cases: Iterable[Case], tokens: tuple[int, ...], jobs: int) -> None:
+    """Every kernel into Triton's cache, by `jobs` processes at once."""
+    given = [(case, m) for case in cases for m in tokens]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(_build, given))
+
+
+def _build(given: tuple[Case, int]) -> None:
+    (name, n, k, widths), m = given
+    require_kernels()
+    torch.set_num_threads(1)
+    weight = random_weight(n, k, *widths, trellis=name.endswith(TRELLIS))
+    turned, plain = (
+        [tuple(a.cuda() if isinstance(a, Tensor) else a for a in made.op_args())]
+        for made in (weight, replace(weight, rotation=UNROTATED))
+    )
+    with torch.no_grad():
+        for run, _ in runs_of(m, plain, turned).values():
+            run(0)
 
 
 def in_integers(kind: str, run: Run) -> Run:
@@ -133,7 +197,7 @@ def swept(name: str, n: int, k: int, widths: tuple[float, ...], m: int) -> Itera
     """Microseconds of each choice that `lowra bench --tune` tries; one that fails says why."""
     copies = device_copies(replace(random_weight(n, k, *widths), rotation=UNROTATED))
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    target, weight = service.target_of(x.device), linear.weight_of(copies[0])
+    target, weight = service.target_of(x.device), weight_of(copies[0])
     assert target is not None
     for choice in candidates(weight, m, x.dtype, schedule.processors(x.device), target):
         row = {"case": name, "n": n, "k": k, "m": m, "choice": entry_of(choice)}
@@ -149,14 +213,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--every", action="store_true")
+    parser.add_argument("--jobs", type=int, default=0)
     options = parser.parse_args()
     require_kernels()
+    cases, tokens = (every_case(), EVERY_TOKENS) if options.every else (SHAPES, TOKENS)
+    if options.jobs:
+        build_ahead(cases, tokens, options.jobs)
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "rows": [], "sweep": []}
     found |= bandwidths()
     print(found["gpu"], *(f"{n} {found[n]:.0f}" for n in found if "per_s" in n), flush=True)
     with torch.no_grad():
-        tokens = EVERY_TOKENS if options.every else TOKENS
-        for case in every_case() if options.every else SHAPES:
+        for case in cases:
             for row in measured(*case, tokens):
                 found["rows"].append(row)
                 print(" ".join(_text(v) for v in row.values()), flush=True)

@@ -49,7 +49,7 @@ def instructions(width: int, kind: str) -> tuple[float, float]:
     target = next(t for t in TARGETS if t.name == "sm90")
     weight = weight_key([width, 8192], 8192, -1, False, False)
     if kind == "bfloat16":
-        key = LinearKey(target, weight, "bfloat16", linear_blocks(1, 8192, target), split=True)
+        key = LinearKey(target, weight, "bfloat16", linear_blocks(1, target), split=True)
         columns = TERNARY_TILE if width == TERNARY_ID else TILE
     else:
         blocks = integer_choice((width, 8192), 8192, 1, kind == "int16", PROCESSORS).blocks

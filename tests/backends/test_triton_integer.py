@@ -51,7 +51,7 @@ def check(shape: Shape, m: int, fine: bool, dtype: torch.dtype = torch.float32) 
 
 @pytest.mark.parametrize("fine", [False, True], ids=["int8", "int16"])
 @pytest.mark.parametrize("k", [20, 256, 321, 1610])
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 9, 11, 12, 13])
 def test_rows_of_one_width(width: int, k: int, fine: bool) -> None:
     check(Shape(19, k, (width,), shared=k % 2 == 0), 1, fine)
 
@@ -60,6 +60,12 @@ def test_rows_of_one_width(width: int, k: int, fine: bool) -> None:
 @pytest.mark.parametrize("m", [2, 3, 4])
 def test_mixed_widths_of_a_few_tokens(m: int, dtype: torch.dtype) -> None:
     check(Shape(53, 600, (1, 2, 3, 4, 9)), m, m == 2, dtype)
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["int8", "int16"])
+def test_trellis_codes_beside_plain_ones(fine: bool) -> None:
+    """Tiles that begin within a run, and rows of several runs."""
+    check(Shape(290, 600, (11, 12, 13, 4)), 2, fine)
 
 
 def test_weights_without_scales() -> None:
@@ -195,12 +201,3 @@ def test_targets_without_byte_permutes_are_left_out() -> None:
     weight = weight_key([2, 64], 256, -1, False, False)
     for target in TARGETS:
         assert integer.takes(weight, 256, 1, False, target) == target.permutes
-
-
-@pytest.mark.parametrize("id", [11, 12, 13])
-def test_trellis_codes_are_left_to_other_kernels(id: int) -> None:
-    weight = weight_key([4, 64, id, 64], 256, -1, False, True)
-    assert not any(integer.takes(weight, 256, 1, fine, TARGETS[1]) for fine in (False, True))
-    packed, x = packed_of(Shape(40, 96, (4, id))), torch.randn(1, 96).bfloat16()
-    y = linear.forward(x, packed.op_args(), None, None, INTERPRETER)
-    assert distance(y, x.double() @ packed.dequantize(torch.float64).T) < 1e-2

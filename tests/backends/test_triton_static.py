@@ -259,7 +259,7 @@ def test_mixed_widths_with_an_adapter_compile_everywhere(target: str) -> None:
 
 @pytest.mark.parametrize("target", BY_NAME)
 def test_many_tokens_use_the_tensor_cores_of_each_target(target: str) -> None:
-    blocks = linear_blocks(512, 8192, BY_NAME[target])
+    blocks = linear_blocks(512, BY_NAME[target])
     key = LinearKey(
         BY_NAME[target], weight_key([2, 8192], 8192, -1, False, False), "bfloat16", blocks
     )

@@ -1,8 +1,8 @@
 """What products in integers mean, which GPU kernels compute where `set_activations` allows it.
 
 x is read as levels q with a step per block of 1280 columns, a 127th of its largest magnitude:
-x = step q; the codebooks of rows of 2, 3 and 4 bits likewise, with one step per codebook. With
-`fine`, a second level holds what the first one leaves: step (q + p / 254).
+x = step q; the codebooks of rows of 2, 3 and 4 bits and of trellis codes likewise, with one step
+per codebook. With `fine`, a second level holds what the first one leaves: step (q + p / 254).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FINE = 254
 """Of a second level in a first one: it is at most half a step away."""
 SMALLEST = 1e-30
 """A step is no less than a 127th of it, so that steps have an inverse in float32."""
-LOOKED_UP = (2, 3, 4)
+LOOKED_UP = (2, 3, 4, 11, 12, 13)
 """Width ids of rows whose codebooks are rounded; of others, the codes are multiplied."""
 
 

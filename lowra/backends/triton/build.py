@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowra.backends.triton.emit import emit
-from lowra.backends.triton.keys import Key, ProductKey
+from lowra.backends.triton.keys import Key
 from lowra.compiler.errors import is_no_room
 from lowra.compiler.home import home_folder
 
@@ -86,7 +86,7 @@ def compile_options(key: Key) -> dict[str, Any]:
     """What Triton is told beside the source."""
     blocks = key.blocks
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
-    if isinstance(key, ProductKey) and key.waits:
+    if getattr(key, "waits", False) or getattr(key, "signals", False):
         options["launch_pdl"] = True
     return options
 

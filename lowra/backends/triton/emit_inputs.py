@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lowra.backends.triton.emit_linear import sum_of_parts
+from lowra.backends.triton.emit_ahead import SIGNAL, WAIT
+from lowra.backends.triton.emit_linear import settled, sum_of_parts
 from lowra.backends.triton.keys import RotateKey, ShrinkKey
 
 COLUMNS = 128
@@ -15,12 +16,13 @@ def shrink_body(key: ShrinkKey) -> list[str]:
     blocks = key.blocks
     dtype = key.dtype if key.target.backend else "float32"
     exact = ', input_precision="ieee"' if dtype == "float32" else ""
+    product = settled(key.target, f"tl.dot(w.to(tl.{dtype}), b.to(tl.{dtype}), acc{exact})")
     store = [
         "at = hidden + rm[None, :] * rank + rn[:, None]",
         "tl.store(at, acc.to(hidden.dtype.element_ty), mask=(rn < rank)[:, None] & token)",
     ]
     return [
-        *(["tl.extra.cuda.gdc_launch_dependents()"] if key.signals else []),
+        *([WAIT, SIGNAL] if key.signals else []),  # x is there for what comes behind, too
         "part, parts = tl.program_id(2), tl.num_programs(2)",
         f"rn = tl.arange(0, {blocks.rows})",
         f"rm = tl.program_id(1) * {blocks.tokens} + tl.arange(0, {blocks.tokens})",
@@ -32,8 +34,8 @@ def shrink_body(key: ShrinkKey) -> list[str]:
         "    w = tl.load(lora_a + rn[:, None] * k + c[None, :], mask=mask, other=0.0)",
         "    mask = (c < k)[:, None] & token",
         "    b = tl.load(x + rm[None, :] * k + c[:, None], mask=mask, other=0.0)",
-        f"    acc = tl.dot(w.to(tl.{dtype}), b.to(tl.{dtype}), acc{exact})",
-        *sum_of_parts(blocks, store),
+        f"    acc = {product}",
+        *sum_of_parts(blocks, "token", store),
     ]
 
 
@@ -45,6 +47,7 @@ def rotate_body(key: RotateKey) -> list[str]:
     """out = H D x, or D H x: sums and differences of pairs, log2(block) times."""
     span = span_of(key.block)
     lines = [
+        *([SIGNAL, WAIT] if key.signals else []),
         f"c = tl.program_id(1) * {span} + tl.arange(0, {span})",
         "line = tl.program_id(0).to(tl.int64) * k",
         "v = tl.load(x + line + c, mask=c < k, other=0.0).to(tl.float32)",

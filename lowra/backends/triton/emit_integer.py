@@ -10,6 +10,7 @@ A program takes `rows` rows, 64 words of each at a time, and adds up in float32.
 from __future__ import annotations
 
 from lowra.backends.reference.integers import BLOCK, FINE
+from lowra.backends.triton.emit_ahead import SIGNAL, WAIT, all_ahead, part_ahead, prefetches
 from lowra.backends.triton.emit_levels import order_of, orders_of
 from lowra.backends.triton.emit_linear import epilogue, sum_of_parts
 from lowra.backends.triton.integer_codes import (
@@ -19,13 +20,12 @@ from lowra.backends.triton.integer_codes import (
     byte_lines,
     first_plane,
     row_lines,
-    selector_lines,
     word_lines,
 )
 from lowra.backends.triton.keys import TERNARY_ID, IntegerKey, PanelKey
 from lowra.backends.triton.tables import descriptor_lines
 from lowra.backends.triton.tiles import indented, joined, summed
-from lowra.compiler.packing import WORD_TRITS
+from lowra.compiler.packing import FORMATS, WORD_TRITS
 
 MOST_BLOCKS = 128
 """Of 1280 columns, that sums are read of."""
@@ -53,10 +53,11 @@ def integer_body(key: IntegerKey) -> list[str]:
     for i, panel in enumerate(key.weight.panels):
         lines.append(f"{'elif' if i else 'if'} width == {panel.width}:")
         lines += indented(_panel(key, panel, orders.index(order_of(panel.width))))
+    lines += [SIGNAL] if key.waits else []
     totals = joined([f"total{i}" for i in range(tokens)])
     lines.append(f"acc = tl.reshape({totals}, ({rows}, {tokens}))")
     then = epilogue(key)
-    return lines + (sum_of_parts(key.blocks, then) if key.split else then)
+    return lines + (sum_of_parts(key.blocks, "token[None, :]", then) if key.split else then)
 
 
 def _panel(key: IntegerKey, panel: PanelKey, order: int) -> list[str]:
@@ -64,19 +65,20 @@ def _panel(key: IntegerKey, panel: PanelKey, order: int) -> list[str]:
     width = panel.width
     in_a_block = BLOCK // WORD_TRITS if width == TERNARY_ID else BLOCK * first_plane(width) // 32
     step = f"word_at // {in_a_block}"
-    turns = "part * share, tl.minimum(part * share + share, whole)"
     lines = [
         *(
             f"y{i} = tl.full(({key.blocks.rows}, {WORDS}), 0.0, tl.float32)"
             for i in range(key.blocks.tokens)
         ),
-        *book_lines(key, width),
         *row_lines(panel),
         "stride = (words + 3) // 4 * 4",
         f"whole = words // {WORDS}",
         "share = (whole + parts - 1) // parts",
-        *(["tl.extra.cuda.gdc_wait()  # x and h are complete"] if key.waits else []),
-        f"for t in tl.range({turns}, loop_unroll_factor={key.blocks.stages}):",
+        "start, end = part * share, tl.minimum(part * share + share, whole)",
+        *(_ahead(key, panel) if prefetches(key.target, panel) else []),
+        *([WAIT] if key.waits else []),
+        *book_lines(key, width),
+        f"for t in tl.range(start, end, loop_unroll_factor={key.blocks.stages}):",
         f"    word_at = t * {WORDS} + word",
         *indented(_multiply(key, panel, order, step, "")),
         f"if (part == parts - 1) & (whole * {WORDS} < words):",
@@ -87,13 +89,25 @@ def _panel(key: IntegerKey, panel: PanelKey, order: int) -> list[str]:
     return lines + _totals(key, width)
 
 
+def _ahead(key: IntegerKey, panel: PanelKey) -> list[str]:
+    """Ask for this program's words, of every plane: those of an upper one are fewer."""
+    lines, blocks, planes = list[str](), key.blocks, FORMATS[panel.width].planes or (1,)
+    for i, bits in enumerate(planes):
+        of_first = f"* {bits} // {planes[0]}"
+        if key.split:
+            span = f"start * {WORDS} {of_first}", f"end * {WORDS} {of_first}"
+            lines += part_ahead(blocks.rows, blocks.warps, f"codes + line{i}", *span)
+        else:
+            lines += all_ahead(f"codes + plane{i}", f"rows * (words {of_first}) * 4")
+    return lines
+
+
 def _multiply(key: IntegerKey, panel: PanelKey, order: int, step: str, mask: str) -> list[str]:
     """y0, y1, ... += 64 words of each row times their tokens."""
     width, groups = panel.width, GROUPS[panel.width]
     masked = f", mask={mask}, other=0" if mask else ""
     lines = [
         *word_lines(panel, mask),
-        *selector_lines(width),
         *byte_lines(width, "t", "a"),
         *(byte_lines(width, "f", "b") if key.fine and width not in (1, TERNARY_ID) else []),
     ]

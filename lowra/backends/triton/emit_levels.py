@@ -8,17 +8,19 @@ levels beside every word of codes.
 from __future__ import annotations
 
 from lowra.backends.reference.integers import BLOCK, FINE, SMALLEST
+from lowra.backends.triton.emit_ahead import SIGNAL, WAIT
 from lowra.backends.triton.keys import TERNARY_ID, QuantizeKey, WeightKey
 from lowra.backends.triton.tiles import largest, summed
-from lowra.compiler.packing import TERNARY_TILE, TILE
+from lowra.compiler.packing import FORMATS, TERNARY_TILE, TILE
 
 SPAN = 2048
 """BLOCK, up to a power of two."""
 
 
 def order_of(width: int) -> int:
-    """The order in which words of rows of this width id meet x: 3 bits are read as 2."""
-    return 2 if width == 3 else width
+    """The order in which words of rows of this width id meet x: 3 bits are read as 2, and so are
+    numbers of 3 bits, of trellis codes of 2."""
+    return 2 if width in (3, 12) else width
 
 
 def orders_of(weight: WeightKey) -> tuple[int, ...]:
@@ -28,7 +30,7 @@ def orders_of(weight: WeightKey) -> tuple[int, ...]:
 
 def stride(width: int) -> str:
     """Words from one group to the next: those of a row of codes, up to a multiple of 4."""
-    words = "chunks" if width == TERNARY_ID else f"chunks * {width}"
+    words = "chunks" if width == TERNARY_ID else f"chunks * {FORMATS[width].planes[0]}"
     return f"(({words} + 3) // 4 * 4)"
 
 
@@ -41,7 +43,7 @@ def quantize_body(key: QuantizeKey) -> list[str]:
     """A block of a token: its step, its sum, and its levels in every order."""
     copies = 2 if key.fine else 1
     lines = [
-        *(["tl.extra.cuda.gdc_launch_dependents()"] if key.signals else []),
+        *([SIGNAL, WAIT] if key.signals else []),
         "token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)",
         f"i = tl.arange(0, {SPAN})",
         f"c = block * {BLOCK} + i",
@@ -71,21 +73,25 @@ def quantize_body(key: QuantizeKey) -> list[str]:
     return lines
 
 
-def _places(bits: int) -> list[str]:
-    """`at`, the byte of column c: field f of word v of its tile is byte b of group g."""
+def _places(order: int) -> list[str]:
+    """`at`, the byte of column c: field f of word v of its tile is byte b of group g. Trellis codes
+    of 1 and 3 bits give numbers of 2 and 4 by two words, the first of every second field."""
     where = {
         1: "b, g = f // 8, f % 8",
         2: "b, g = f % 8 // 2, 2 * (f // 8) + f % 2",
         4: "b, g = f % 4, f // 4",
+        11: "b, g = f // 2 % 8 // 2, 4 * (f % 2) + 2 * (f // 16) + f // 2 % 2",
+        13: "b, g = f // 2 % 4, 2 * (f % 2) + f // 8",
     }
+    bits = FORMATS[order].planes[0]
     size = 8 * bits
     return [
         "chunks = (k + 31) // 32",
         f"short = tl.maximum(chunks % 8 * {bits}, 1)",
         f"words = tl.where(c // {TILE} < k // {TILE}, {size}, short)",
         f"f, v = c % {TILE} // words, c % {TILE} % words",
-        where[bits],
-        f"at = (g * {stride(bits)} + c // {TILE} * {size} + v) * 4 + b",
+        where[order],
+        f"at = (g * {stride(order)} + c // {TILE} * {size} + v) * 4 + b",
         "known = inside & (c < chunks * 32)",
     ]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from lowra.backends.triton.emit_ahead import SIGNAL, WAIT, all_ahead, part_ahead, prefetches
 from lowra.backends.triton.keys import TERNARY_ID, Blocks, LinearKey, PanelKey, ProductKey
 from lowra.backends.triton.tables import descriptor_lines, table_lines
+from lowra.backends.triton.targets import Target
 from lowra.backends.triton.tiles import (
+    TERNARY_FIELD,
     Block,
     Reading,
     dealt_rows,
@@ -14,6 +17,7 @@ from lowra.backends.triton.tiles import (
     summed,
     tile_lines,
 )
+from lowra.compiler.packing import FORMATS
 
 FEWEST_OF_A_DOT = 16
 
@@ -43,8 +47,11 @@ def linear_body(key: LinearKey) -> list[str]:
     for i, panel in enumerate(key.weight.panels):
         lines.append(f"{'elif' if i else 'if'} width == {panel.width}:")
         lines += indented(_panel(key, panel))
+    if key.waits:
+        # Not earlier: programs of the next kernel would crowd on processors that are done first.
+        lines.append(SIGNAL)
     then = epilogue(key)
-    return lines + (sum_of_parts(blocks, then) if key.split else then)
+    return lines + (sum_of_parts(blocks, "token[None, :]", then) if key.split else then)
 
 
 def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
@@ -54,12 +61,19 @@ def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
     def use(block: Block) -> list[str]:
         return _multiply(key, panel.width, block)
 
-    lines = row_setup(panel)
+    lines = [
+        *row_setup(panel),
+        "share = (full + parts - 1) // parts",
+        "start, end = part * share, tl.minimum(part * share + share, full)",
+    ]
+    if few_tokens(key) and prefetches(key.target, panel):
+        lines += _ahead(key, panel)
+    if key.waits and not key.rank:
+        lines.append(WAIT)  # of factors, only h may be in the making: see `_factors`
     if reading.permutes(panel.width):
         lines += table_lines(panel.width, key.weight.own, key.dtype)
     lines += [
-        "share = (full + parts - 1) // parts",
-        "for t in range(part * share, tl.minimum(part * share + share, full)):",
+        "for t in range(start, end):",
         *indented(tile_lines(reading, panel, False, use)),
     ]
     if key.weight.ternary_tail if panel.width == TERNARY_ID else key.weight.tail:
@@ -68,12 +82,31 @@ def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
     return lines
 
 
+def few_tokens(key: ProductKey) -> bool:
+    """Where time goes by until the first codes arrive, and not much else is done."""
+    return key.blocks.tokens <= FEWEST_OF_A_DOT
+
+
+def _ahead(key: LinearKey, panel: PanelKey) -> list[str]:
+    """Ask for this program's words, of every plane."""
+    blocks, planes, lines = key.blocks, FORMATS[panel.width].planes, list[str]()
+    if not key.split:
+        sizes = [f"rows * chunks * {4 * bits}" for bits in planes] or ["rows * words * 4"]
+        base = "codes + plane{}" if planes else "code_bytes + plane{}.to(tl.int64) * 4"
+        return [text for i, size in enumerate(sizes) for text in all_ahead(base.format(i), size)]
+    items = [(f"codes + line{i}", 8 * bits, 4) for i, bits in enumerate(planes)]
+    for at, size, item_bytes in items or [("code_bytes + line", TERNARY_FIELD, 1)]:
+        span = f"start * {size}", f"end * {size}"
+        lines += part_ahead(blocks.rows, blocks.warps, at, *span, item_bytes)
+    return lines
+
+
 def _multiply(key: LinearKey, width: int, block: Block) -> list[str]:
     ok = "c_ok[:, None] & token[None, :]" if block.tail else "token[None, :]"
     lines = [f"b = {_as_operand(key, f'tl.load(x_line + c[:, None], mask={ok}, other=0.0)')}"]
     group = key.weight.group
     if group <= 0:
-        return [*lines, f"acc = {_dot(key, block.values, 'b', 'acc')}"]
+        return [*lines, f"acc = {settled(key.target, _dot(key, block.values, 'b', 'acc'))}"]
     lines.append(f"groups = (k + {group - 1}) // {group}")
     if shares_scale(key.weight, width) and not block.tail:
         s = f"tl.load(scales + (stored + rn) * groups + ({block.first}) // {group})"
@@ -85,8 +118,13 @@ def _multiply(key: LinearKey, width: int, block: Block) -> list[str]:
     return [
         *lines,
         f"s = tl.load(scales + {place}{mask}).to(tl.float32)",
-        f"acc = {_dot(key, scaled, 'b', 'acc')}",
+        f"acc = {settled(key.target, _dot(key, scaled, 'b', 'acc'))}",
     ]
+
+
+def settled(target: Target, product: str) -> str:
+    """A product in a loop, whose operands may be written over behind it."""
+    return f"settled({product})" if target.multiplies_behind else product
 
 
 def _dot(key: ProductKey, a: str, b: str, acc: str = "") -> str:
@@ -99,22 +137,24 @@ def _as_operand(key: LinearKey, text: str) -> str:
     return text if product_dtype(key) == key.dtype else f"{text}.to(tl.{product_dtype(key)})"
 
 
-def sum_of_parts(blocks: Blocks, then: list[str]) -> list[str]:
-    """Every part leaves its sums; the last to arrive adds them up in order, so that no order of
-    arrival changes a bit, and leaves the counter as it found it."""
+def sum_of_parts(blocks: Blocks, there: str, then: list[str]) -> list[str]:
+    """Every part leaves its sums of the tokens that are `there`, token by token; the last to arrive
+    adds them up in order, so that no order of arrival changes a bit, and leaves the counter as it
+    found it."""
     size = blocks.rows * blocks.tokens
-    inside = f"tl.arange(0, {blocks.rows})[:, None] * {blocks.tokens}"
+    inside = f"tl.arange(0, {blocks.tokens})[None, :] * {blocks.rows}"
+    others = f"mask={there}, other=0.0, cache_modifier='.cg'"
     return [
         "place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)",
         f"sums = partial + place.to(tl.int64) * parts * {size}",
-        f"inside = {inside} + tl.arange(0, {blocks.tokens})[None, :]",
-        f"tl.store(sums + part * {size} + inside, acc)",
+        f"inside = tl.arange(0, {blocks.rows})[:, None] + {inside}",
+        f"tl.store(sums + part * {size} + inside, acc, mask={there})",
         "tl.debug_barrier()",
         'before = tl.atomic_add(counters + place, 1, sem="acq_rel")',
         "if before == parts - 1:",
-        "    acc = tl.load(sums + inside, cache_modifier='.cg')",
+        f"    acc = tl.load(sums + inside, {others})",
         "    for i in range(1, parts):",
-        f"        acc += tl.load(sums + i * {size} + inside, cache_modifier='.cg')",
+        f"        acc += tl.load(sums + i * {size} + inside, {others})",
         "    tl.store(counters + place, 0)",
         *indented(then),
     ]
@@ -151,7 +191,7 @@ def _factors(key: ProductKey) -> list[str]:
         "tl.load(lora_b + row[:, None] * rank + r[None, :], mask=few & live[:, None], other=0.0)"
     )
     return [
-        *(["tl.extra.cuda.gdc_wait()  # h is complete"] if waits else []),
+        *([WAIT] if waits else []),
         f"r = tl.arange(0, {key.rank})",
         "some, few = (r < rank)[:, None], (r < rank)[None, :]",
         f"h = {hidden}.to(tl.{product_dtype(key)})",

@@ -19,12 +19,12 @@ from lowra.backends.triton.weight import NAMES, Weight
 
 MOST_TOKENS, MOST_FINE_TOKENS = 4, 2
 """Above, what belongs to every token would not fit into registers beside each other."""
-WIDTHS = frozenset((1, 2, 3, 4, 9))
+WIDTHS = frozenset((1, 2, 3, 4, 9, 11, 12, 13))
 
 
 def takes(weight: WeightKey, k: int, m: int, fine: bool, target: Target) -> bool:
-    """Whether products of m tokens have a kernel in integers: not for rows of 8 bits or trellis
-    codes, scales in groups, very wide weights, or targets without byte permutes."""
+    """Whether products of m tokens have a kernel in integers: not for rows of 8 bits, scales in
+    groups, very wide weights, or targets without byte permutes."""
     known = {panel.width for panel in weight.panels} <= WIDTHS and weight.group <= 0
     can = target.permutes or not target.backend
     few = 0 < m <= (MOST_FINE_TOKENS if fine else MOST_TOKENS)

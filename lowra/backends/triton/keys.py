@@ -73,9 +73,9 @@ class ProductKey:
     """y = x W' + bias + scaling h B'.
 
     dtype: of y. rank: of the factors, rounded up to what a product takes; 0 without. split: a few
-    programs share the columns of a tile and the last one adds up. waits: what it reads comes from a
-    kernel that may still be running (programmatic dependent launch). factor_dtype: of B, where it
-    is another than `dtype`.
+    programs share the columns of a tile and the last one adds up. waits: it starts while the kernel
+    ahead of it, which makes some of what it reads, may still run (programmatic dependent launch).
+    factor_dtype: of B, where it is another than `dtype`.
     """
 
     target: Target
@@ -101,7 +101,7 @@ class ProductKey:
 
 @dataclass(frozen=True)
 class LinearKey(ProductKey):
-    """x and the products are of `dtype`, too; only h may still be in the making."""
+    """x and the products are of `dtype`, too. With factors, only h may still be in the making."""
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ class QuantizeKey:
     """x as integers and a step per 1280 columns, once in each of `orders`; see emit_levels.py.
 
     orders: width ids, each naming the order in which the words of such rows meet x. fine: see
-    IntegerKey. signals: the kernel behind this one may start before it has ended.
+    IntegerKey. signals: see ShrinkKey.
     """
 
     target: Target
@@ -165,7 +165,7 @@ class ValuesKey:
 class ShrinkKey:
     """h = x A' for A of up to `blocks.rows` rows in `factor_dtype`; sums of parts as LinearKey's.
 
-    signals: the kernel behind this one may start before it has ended.
+    signals: it starts before the kernel ahead of it has ended, and the one behind it likewise.
     """
 
     target: Target
@@ -185,18 +185,24 @@ class ShrinkKey:
 
 @dataclass(frozen=True)
 class RotateKey:
-    """x turned by signs, then Hadamard blocks; or `back`, in the other order."""
+    """x turned by signs, then Hadamard blocks; or `back`, in the other order.
+
+    signals: see ShrinkKey.
+    """
 
     target: Target
     dtype: str
     block: int
     back: bool
+    signals: bool = False
     blocks: Blocks = ONE_ROW
 
     @property
     def name(self) -> str:
         way = "back" if self.back else "rotate"
-        return f"{way}-{self.target.name}-{self.dtype}-{self.block}w{self.blocks.warps}"
+        signals = ["signals"] if self.signals else []
+        sizes = f"{self.block}w{self.blocks.warps}"
+        return "-".join([way, self.target.name, self.dtype, *signals, sizes])
 
 
 @dataclass(frozen=True)

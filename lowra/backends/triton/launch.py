@@ -15,6 +15,7 @@ from torch import Tensor
 from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.emit_inputs import COLUMNS, span_of
+from lowra.backends.triton.emit_linear import FEWEST_OF_A_DOT
 from lowra.backends.triton.keys import Blocks, Key, LinearKey, RotateKey, ShrinkKey, ValuesKey
 from lowra.backends.triton.schedule import Choice, fused, processors, tiles_of, values_blocks
 from lowra.backends.triton.service import failed, refuse_failed
@@ -89,7 +90,7 @@ def product_key(
     blocks, parts = choice.blocks, choice.parts
     assert blocks is not None, "an unpacked weight has no kernel that multiplies"
     tiles, token_tiles = tiles_of(weight.panels, m, blocks)
-    waits = waits and target.overlaps and rank > 0
+    waits = target.overlaps and (waits if rank else blocks.tokens <= FEWEST_OF_A_DOT)
     key = LinearKey(
         target, weight.key, dtype, blocks, padded_rank(rank), bias, parts > 1, waits, factor_dtype
     )  # fmt: skip
@@ -146,7 +147,8 @@ def rotated(x: Tensor, rotation: Rotation, target: Target, back: bool = False) -
         return x
     (m, k), device = x.shape, x.device
     out = room("rotated inputs", (m, k), x.dtype, device)
-    launcher, scaled = _rotating(rotation, k, x.dtype, back, target, device)
+    signals = target.overlaps and not back and m <= FEWEST_OF_A_DOT
+    launcher, scaled = _rotating(rotation, k, x.dtype, back, signals, target, device)
     grid = (m, -(-k // span_of(rotation.block)), 1)
     run(launcher, grid, {"x": x, "signs": scaled, "out": out, "k": k})
     return out
@@ -154,10 +156,10 @@ def rotated(x: Tensor, rotation: Rotation, target: Target, back: bool = False) -
 
 @functools.lru_cache(maxsize=512)
 def _rotating(
-    rotation: Rotation, k: int, dtype: torch.dtype, back: bool, target: Target,
+    rotation: Rotation, k: int, dtype: torch.dtype, back: bool, signals: bool, target: Target,
     device: torch.device,
 ) -> tuple[Launcher, Tensor]:  # fmt: skip
-    key = RotateKey(target, NAMES[dtype], rotation.block, back)
+    key = RotateKey(target, NAMES[dtype], rotation.block, back, signals)
     return launcher_of(key), _scaled_signs(rotation, k, device)
 
 

@@ -10,19 +10,17 @@ import torch
 from lowra.backends.triton.keys import Blocks, WeightKey
 from lowra.backends.triton.shared_memory import fitting
 from lowra.backends.triton.targets import Target
+from lowra.compiler.packing import FORMATS
 
-PROGRAMS_PER_PROCESSOR = 2
+PROGRAMS_PER_PROCESSOR, INTEGER_PROGRAMS = 3, 2
 INTERPRETED_PROCESSORS = 2
-MANY_ROWS = 4096
-MOST_FUSED, MOST_FUSED_ONE_BIT = 256, 1024
+MOST_FUSED, MOST_FUSED_ONE_BIT = 512, 1024
 MANY_TOKENS = 64
 """Up to here a fused product with few programs is as fast as unpacking."""
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 INTEGER_PART = 2048
 """Columns of such a part in integers: 64 words of one bit."""
-FULL_REGISTERS = 13
-"""The id of rows whose look-ups fill the registers: a few tokens meet 64 of them at a time."""
 MUCH_SHARED = 160 << 10
 MOST_FUSED_RANK = 128
 """Factors of a larger rank have no room behind a product of many tokens: torch adds them."""
@@ -65,8 +63,7 @@ def blocks_of(
 ) -> Blocks:
     """The usual blocks, or as much of them as has room in shared memory with factors of any rank
     that is fused."""
-    n = 0 if FULL_REGISTERS in panels[0::2] else sum(panels[1::2])
-    usual = linear_blocks(m, n, target)
+    usual = linear_blocks(m, target)
     return fitting(weight, dtype.itemsize, usual, MOST_FUSED_RANK, target)
 
 
@@ -75,19 +72,15 @@ def tiles_of(panels: tuple[int, ...], m: int, blocks: Blocks) -> tuple[int, int]
     return sum(-(-rows // blocks.rows) for rows in panels[1::2]), -(-m // blocks.tokens)
 
 
-def linear_blocks(m: int, n: int, target: Target) -> Blocks:
-    """Few tokens: 64 rows, which were faster than the fewest instructions per weight (128 rows);
-    twice as many where products weigh as well. Many: each value looked up meets as many."""
-    stages = 2 if target.backend == "hip" else 4
-    if m <= 8:
-        return Blocks(64, 16, 4, stages)
-    if m <= 16:
-        return Blocks(128 if n >= MANY_ROWS else 64, 16, 4, 2)
+def linear_blocks(m: int, target: Target) -> Blocks:
+    """Few tokens: 64 rows, which were faster than the fewest instructions per weight (128 rows).
+    Many: each value looked up meets as many."""
+    stages = 2 if target.backend == "hip" else 3
     if m <= 32:
-        return Blocks(64, 32, 4, min(3, stages))
+        return Blocks(64, 16 if m <= 16 else 32, 4, stages)
     if m <= 64 or target.shared_bytes < MUCH_SHARED or not target.backend:
-        return Blocks(64, 64, 4, 1 if target.backend == "hip" else 2)
-    return Blocks(128, 128, 8, 3)
+        return Blocks(64, 64, 4, 1 if target.backend == "hip" else stages)
+    return Blocks(128, 128, 8, stages)
 
 
 def unpacks(
@@ -108,10 +101,12 @@ def unpacks(
 
 def integer_choice(panels: tuple[int, ...], k: int, m: int, fine: bool, processors: int) -> Choice:
     """Of a product of a few tokens in integers: few rows to a program, and as many words in flight
-    as registers hold beside all sums. Nothing of it was measured."""
-    blocks = Blocks(16, 1 << (m - 1).bit_length(), 4, 2 if m == 1 and not fine else 1)
+    as registers hold beside all sums."""
+    trellis = any(FORMATS[id].trellis for id in panels[0::2])
+    at_once = (4 >> (fine + trellis)) if m == 1 else 1
+    blocks = Blocks(16, 1 << (m - 1).bit_length(), 4, at_once)
     tiles, _ = tiles_of(panels, m, blocks)
-    wanted = -(-processors * PROGRAMS_PER_PROCESSOR // max(1, tiles))
+    wanted = -(-processors * INTEGER_PROGRAMS // max(1, tiles))
     return Choice(blocks, max(1, min(wanted, k // INTEGER_PART)))
 
 
@@ -122,12 +117,13 @@ def values_blocks() -> Blocks:
 def parts_of(
     programs: int, k: int, blocks: Blocks, processors: int, each: int = PROGRAMS_PER_PROCESSOR
 ) -> int:
-    """Among how many programs the columns of a tile are shared, so that every processor has `each`
-    programs; 1 above 16 tokens, where there are enough or sums would be too large."""
+    """Among how many programs the columns of a tile are shared, equally, so that every processor
+    has `each` programs; 1 above 16 tokens, where there are enough or sums would be too large."""
     if blocks.tokens > 16:
         return 1
-    wanted = -(-processors * each // max(1, programs))
-    return max(1, min(wanted, k // (256 * SHORTEST_PART)))
+    wanted, tiles = -(-processors * each // max(1, programs)), k // 256
+    share = max(SHORTEST_PART, tiles // wanted)
+    return max(1, tiles // share)
 
 
 def processors(device: torch.device) -> int:

@@ -8,7 +8,12 @@ from dataclasses import replace
 from lowra.backends.triton.keys import TERNARY_ID, Blocks, WeightKey
 from lowra.backends.triton.lookups import TABLE_WORDS
 from lowra.backends.triton.targets import Target
-from lowra.backends.triton.tiles import TERNARY_FIELD, fields_at_once, shares_scale
+from lowra.backends.triton.tiles import (
+    TERNARY_FIELD,
+    field_words,
+    fields_at_once,
+    shares_scale,
+)
 from lowra.backends.triton.trellis_words import TAPS
 from lowra.compiler.packing import FORMATS, TERNARY_TILE, TILE
 
@@ -55,9 +60,10 @@ def shared_bytes(
 def _loop(weight: WeightKey, width: int, item_bytes: int, blocks: Blocks, target: Target) -> int:
     """Tokens and words in flight, and values of W on their way to the product."""
     halves, ternary = item_bytes == 2, width == TERNARY_ID
-    tile, block = TILE, 8 * fields_at_once(weight, width)
     if ternary:
         tile, block = TERNARY_TILE, TERNARY_FIELD
+    else:
+        tile, block = TILE, field_words(width) * fields_at_once(weight, width)
     later = blocks.stages - 1
     tokens, values = blocks.tokens * tile * item_bytes, blocks.rows * block * item_bytes
     words = 4 * blocks.rows * _words(width) if halves and target.permutes else 0

@@ -18,6 +18,31 @@ def descriptor_lines() -> list[str]:
     return lines + [f"{name} = tl.load(tile + {i})" for i, name in enumerate(DESCRIPTOR)]
 
 
+HELD = """\
+@triton.jit
+def held(word):
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 z; mov.u32 z, %lanemask_lt; shr.u32 z, z, 31; or.b32 $0, $1, z;}", "=r,r",
+        [word], dtype=tl.uint32, is_pure=True, pack=1,
+    )
+"""
+"""A word that all threads share, kept in a register of each: in one for all, it would be copied
+before every permute that reads it. The shifted mask is 0, which the compiler does not know."""
+
+
+SETTLED = """\
+@triton.jit
+def settled(sums):
+    return tl.inline_asm_elementwise(
+        "mov.f32 $0, $1;", "=f,f", [sums], dtype=tl.float32, is_pure=True, pack=1
+    )
+"""
+"""Sums of a product that has ended. Triton waits for a product where its sums are used; where they
+are but the start of the next ones, it lets it run on into the next turn of the loop, which writes
+over the registers that it reads. (Seen on an H200, 2026-11-28: rows of 1 bit gave other sums every
+time.)"""
+
+
 def look_up_source(width: int, own: bool, dtype: str) -> str:
     """A device function that turns words into the values of their fields."""
     block = look_up(width, own)
@@ -51,7 +76,7 @@ def table_lines(width: int, own: bool, dtype: str) -> list[str]:
         lines.append(f"c{i} = {value}.to(tl.uint16, bitcast=True).to(tl.uint32)")
     words = _WORDS[SAME_LEVELS.get(width, width)]
     for i, word in enumerate(words):
-        lines.append(f"t{i} = {f'({word})[:, None]' if own else word}")
+        lines.append(f"t{i} = {f'({word})[:, None]' if own else f'held({word})'}")
     assert len(words) == TABLE_WORDS[width]
     return lines
 

@@ -34,6 +34,12 @@ class Target:
         """Whether products in half precision read tokens from shared memory as they go."""
         return self.backend == "cuda" and int(self.arch) // 10 in (9, 10)
 
+    @property
+    def multiplies_behind(self) -> bool:
+        """Whether products in half precision run on behind the instructions that follow them,
+        reading values of W from registers meanwhile (`wgmma`)."""
+        return self.backend == "cuda" and int(self.arch) // 10 == 9
+
 
 SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """By NVIDIA architecture, as the CUDA guide lists it; others have 99."""

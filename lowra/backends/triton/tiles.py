@@ -12,13 +12,16 @@ from lowra.backends.triton.trellis_words import TAPS, number_lines, number_words
 from lowra.compiler.packing import FORMATS, levels_of
 
 TERNARY_FIELD = 64
+BLOCK_COLUMNS = 128
+"""Of a block of a full tile. Triton waits after every 16 columns for products of 256."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """How values are read: `exact` gives them as float32 from memory, else in `dtype`, by byte
     permutes where the target and the width allow. `warps` are those that multiply: rows are dealt
-    out to them as they will be multiplied (`dealt_rows`); 0 leaves rows as they are."""
+    out to them as they will be multiplied (`dealt_rows`); 0 leaves rows as they are, and takes the
+    words of whole fields at a time, so that columns follow each other."""
 
     target: Target
     weight: WeightKey
@@ -27,6 +30,10 @@ class Reading:
     warps: int = 0
     exact: bool = False
 
+    def words(self, width: int) -> int:
+        """Neighbouring words of a row that are read at a time."""
+        return 8 if self.warps else field_words(width)
+
     def permutes(self, width: int) -> bool:
         halves = self.dtype in ("bfloat16", "float16")
         return not self.exact and halves and self.target.permutes and width in TABLE_WORDS
@@ -34,8 +41,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Block:
-    """Values [rows, columns] under the name `values`; their columns under `c`, counted from
-    `first`; in a tail they do not follow each other, and `c_ok` masks those that there are."""
+    """Values [rows, columns] under the name `values`; their columns under `c`, which follow each
+    other from `first` on; in a tail they do not, and `c_ok` masks those that there are."""
 
     values: str
     first: str
@@ -65,11 +72,11 @@ def field_words(width: int) -> int:
 
 
 def fields_at_once(weight: WeightKey, width: int) -> int:
-    """Neighbouring fields of 8 words that a block takes: all, or where scales come in groups as
-    many as share a scale."""
+    """Neighbouring fields that a block takes: half a tile, or where scales come in groups as many
+    as share a scale."""
     if width == TERNARY_ID:
         return 1
-    count = 32 // FORMATS[width].planes[0]
+    count = BLOCK_COLUMNS // field_words(width)
     if weight.group > 0:
         fit = weight.group // field_words(width)
         if fit >= 2 and fit & (fit - 1) == 0:
@@ -117,7 +124,7 @@ def tile_lines(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> list[
     """The values of tile `t`, block after block, each handed to `use`."""
     if panel.width == TERNARY_ID:
         return list(_ternary_tile(reading, panel, tail, use))
-    return list(_octets(reading, panel, tail, use))
+    return list(_spans(reading, panel, tail, use))
 
 
 def hinted(offset: str, aligned: int, contiguous: int) -> str:
@@ -131,40 +138,48 @@ def _load(pointer: str, mask: str = "") -> str:
     return f'tl.load({pointer}{masked}, eviction_policy="evict_first")'
 
 
-def _octets(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator[str]:
-    """A tile, 8 words of every row at a time: what lies in a register then is what tensor cores
-    want there, and the columns of a field are 8 neighbours."""
-    for octet in range(field_words(panel.width) // 8):
-        yield from _tail_words(panel, octet) if tail else _full_words(panel, octet)
-        yield from _fields(reading, panel.width)
-        yield from _blocks(reading, panel.width, octet, tail, use)
+def _spans(reading: Reading, panel: PanelKey, tail: bool, use: Use) -> Iterator[str]:
+    """A tile, read a span of words of every row at a time. For products 8: what lies in a register
+    then is what tensor cores want there."""
+    size, count = field_words(panel.width), reading.words(panel.width)
+    spans = [range(start, start + count) for start in range(0, size, count)]
+    for i, span in enumerate(spans):
+        yield from _tail_words(panel, span) if tail else _full_words(panel, span)
+        yield from _fields(reading, panel.width, f"v{i}_")
+    yield from _blocks(reading, panel.width, len(spans), tail, use)
 
 
-def _full_words(panel: PanelKey, octet: int) -> list[str]:
-    size, trellis = field_words(panel.width), FORMATS[panel.width].trellis
-    start = 0 if trellis else 8 * octet
-    words = f"line0 + (t * {size} + {start} + tl.arange(0, 8))[None, :]"
-    words = hinted(words, min(2, panel.aligned), 8)
+def _full_words(panel: PanelKey, span: range) -> list[str]:
+    size, trellis, count = field_words(panel.width), FORMATS[panel.width].trellis, len(span)
+    start = 0 if trellis else span.start
+    aligned = min(2, panel.aligned)
+    words = f"line0 + (t * {size} + {start} + tl.arange(0, {count}))[None, :]"
+    words = hinted(words, aligned, count)
     lines = [f"w = {_load(f'codes + {words}')}"]
     if trellis:
-        lines = [*([] if octet else _pointers(panel, words)), *_words_of_run(8 * octet)]
-    if len(FORMATS[panel.width].planes) == 2:
-        # Field f of word v of the upper plane stands beside field f / 2 of word 8 (f % 2) + v.
-        place = hinted("line1 + (t * 8 + tl.arange(0, 8))[None, :]", min(2, panel.aligned), 8)
-        lines.append(f"h = {_load(f'codes + {place}')}" if octet == 0 else "h = h >> 1")
-    return lines
+        first = _pointers(panel, words, count) if span.start == 0 else []
+        lines = [*first, *_words_of_run(span.start)]
+    if len(FORMATS[panel.width].planes) == 1:
+        return lines
+    # Field f of word v of the upper plane stands beside field f / 2 of word 8 (f % 2) + v.
+    if count > 8:
+        v = f"tl.arange(0, {count})"
+        above = f"line1 + (t * 8 + {v} % 8)[None, :]"
+        return [*lines, f"h = {_load(f'codes + {above}')} >> ({v} // 8)[None, :]"]
+    place = hinted("line1 + (t * 8 + tl.arange(0, 8))[None, :]", aligned, 8)
+    return [*lines, "h = h >> 1" if span.start else f"h = {_load(f'codes + {place}')}"]
 
 
-def _tail_words(panel: PanelKey, octet: int) -> list[str]:
+def _tail_words(panel: PanelKey, span: range) -> list[str]:
     """A shorter tile has fields of fewer words; what lies beyond them is masked."""
     size, bits = field_words(panel.width), FORMATS[panel.width].planes[0]
     lines = [
         f"short = (chunks - full * 8) * {bits}",
-        f"v = {8 * octet} + tl.arange(0, 8)",
+        f"v = {span.start} + tl.arange(0, {len(span)})",
     ]
     words, ok = f"line0 + (full * {size} + v)[None, :]", "(v < short)[None, :]"
     if FORMATS[panel.width].trellis:
-        lines += [*_pointers(panel, words), *_words_of_run(0, ok)]
+        lines += [*_pointers(panel, words, len(span)), *_words_of_run(0, ok)]
     else:
         lines.append(f"w = {_load(f'codes + {words}', ok)}")
     if len(FORMATS[panel.width].planes) == 2:
@@ -176,13 +191,13 @@ def _tail_words(panel: PanelKey, octet: int) -> list[str]:
     return lines
 
 
-def _pointers(panel: PanelKey, words: str) -> list[str]:
+def _pointers(panel: PanelKey, words: str, count: int) -> list[str]:
     """p to words of every row, and p1, p2, ... so many rows above."""
     above = [f"p - chunks * {tap * FORMATS[panel.width].planes[0]}" for tap in TAPS]
     aligned = 4 * min(2, panel.aligned)
     return [
         f"p = codes + {words}",
-        *(f"p{tap} = {hinted(p, aligned, 8)}" for tap, p in zip(TAPS, above, strict=True)),
+        *(f"p{tap} = {hinted(p, aligned, count)}" for tap, p in zip(TAPS, above, strict=True)),
     ]
 
 
@@ -196,25 +211,26 @@ def _words_of_run(later: int, ok: str = "") -> list[str]:
     return lines
 
 
-def _blocks(reading: Reading, width: int, octet: int, tail: bool, use: Use) -> Iterator[str]:
+def _blocks(reading: Reading, width: int, spans: int, tail: bool, use: Use) -> Iterator[str]:
+    """Neighbouring fields side by side, so that columns follow each other."""
     size, count = field_words(width), 32 // FORMATS[width].planes[0]
     step = count if tail else fields_at_once(reading.weight, width)
-    yield f"j = tl.arange(0, {8 * step})"
+    yield f"j = tl.arange(0, {size * step})"
     for start in range(0, count, step):
-        fields = [f"v{i}" for i in range(start, start + step)]
-        yield f"a = {planar(fields, reading, 8)}"
+        parts = [f"v{i}_{field}" for field in range(start, start + step) for i in range(spans)]
+        yield f"a = {planar(parts, reading, size // spans)}"
         first = f"t * 256 + {start * size}"
         if tail:
-            yield f"c = full * 256 + (j // 8) * short + {8 * octet} + j % 8"
-            yield f"c_ok = ({8 * octet} + j % 8 < short) & (c < k)"
+            yield f"c = full * 256 + (j // {size}) * short + j % {size}"
+            yield f"c_ok = (j % {size} < short) & (c < k)"
         else:
-            yield f"c = {first} + {8 * octet} + (j // 8) * {size} + j % 8"
+            yield f"c = {first} + j"
         yield from use(Block("a", first, tail))
 
 
-def _fields(reading: Reading, width: int) -> list[str]:
-    """Values v0, v1, ... of a row's fields, of words that are loaded."""
-    names = [f"v{i}" for i in range(32 // FORMATS[width].planes[0])]
+def _fields(reading: Reading, width: int, name: str) -> list[str]:
+    """Values `name`0, `name`1, ... of a row's fields, of words that are loaded."""
+    names = [f"{name}{i}" for i in range(32 // FORMATS[width].planes[0])]
     lines = number_lines(width) if FORMATS[width].trellis else []
     turns = number_words(width)
     for i, words in enumerate(turns):
@@ -244,7 +260,7 @@ def _from_memory(reading: Reading, width: int, code: str) -> str:
 
 
 def planar(fields: list[str], reading: Reading, words: int) -> str:
-    """Fields [lines, words] side by side as [rows, columns]: field 0, then field 1, ..."""
+    """Parts [lines, words] of fields side by side as [rows, columns], in the order given."""
     if len(fields) == 1 and not reading.warps:
         return fields[0]
     depth = (len(fields) - 1).bit_length()

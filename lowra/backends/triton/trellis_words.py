@@ -16,9 +16,9 @@ TAPS = tuple(sorted({*LOW_TAPS, *HIGH_TAPS} - {0}))
 EVERY_SECOND, TWO_OF_FOUR = "0x55555555", "0x33333333"
 
 
-def past_line() -> str:
-    """How many rows of its run lie above each row of a tile."""
-    return f"past = (tl.load(tile + {PAST}) + rw) % {RUN}"
+def past_line(rows: str = "rw") -> str:
+    """How many rows of its run lie above each of a tile's `rows`."""
+    return f"past = (tl.load(tile + {PAST}) + {rows}) % {RUN}"
 
 
 def number_lines(id: int) -> list[str]:
