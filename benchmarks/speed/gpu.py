@@ -40,7 +40,6 @@ from lowra.workflows.tune_kernels import candidates, run_of
 
 RANK = 16
 KINDS_OF_X = ("int8", "int16")
-BESIDE = (*KINDS_OF_X, "nf4")
 TRELLIS = "trellis"
 """A case so named has trellis codes."""
 SHAPES: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
@@ -109,7 +108,7 @@ def measured(
             **{f"{what}_us": 1e6 * seconds for what, seconds in best.items()},
             "ratio": best["dense"] / best["lowra"], "gb_per_s": size / best["lowra"] / 1e9,
             "lora_over_plain": best["lora"] / best["lowra"],
-            **{f"{kind}_ratio": best["dense"] / best[kind] for kind in best if kind in BESIDE},
+            **{f"{kind}_ratio": best["dense"] / best[kind] for kind in best if kind in KINDS_OF_X},
         }  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from benchmarks.results_file import write_results
 from lowra.backends.reference.integers import inputs_as_read, weight_as_read
 from lowra.backends.reference.linear import stored_rows
-from lowra.compiler.packing import FORMATS
 from lowra.compiler.rotation import Rotation, rotate
 from lowra.runtime.modules import QuantizedLinear, low_rank
 from lowra.workflows.evaluate import evaluate, held_out_english, windows
@@ -43,8 +42,6 @@ def read_as(model: nn.Module, kind: str) -> None:
 def _product(module: QuantizedLinear, kind: str) -> Any:
     if module.correction is not None:
         raise SystemExit("a model with corrections is not measured: they would be left out")
-    if any(FORMATS[id].trellis for id, _ in module.stored().panels):
-        raise SystemExit("trellis codes have no such products: compile with --plain-codes")
     packed, fine, exact = module.packed(), kind == "int16", kind == "unrounded"
     weight = stored_rows(*packed[:7], torch.float32) if exact else weight_as_read(packed, fine)
     weight, rotation = weight.float(), Rotation(*packed[7:9])

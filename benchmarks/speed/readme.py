@@ -64,7 +64,33 @@ def gpu(data: Mapping[str, Any]) -> Iterator[str]:
             yield ""
             yield from _ratios("stored in", found)
             yield ""
+    yield from _beside_nf4(rows)
+    yield from _trellis(data.get("trellis", []))
     yield "![Products under the roof of the GPU](benchmarks/results/speed_gpu_roofline.png)"
+
+
+def _beside_nf4(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    found = {
+        m: [row["nf4_us"] / row["lowra_us"] for row in rows if row["m"] == m and "nf4_us" in row]
+        for m in dict.fromkeys(row["m"] for row in rows)
+    }
+    told = [f"{min(r):.1f} to {max(r):.1f} ({m})" for m, r in found.items() if r]
+    if told:
+        yield f"bitsandbytes' NF4 takes so many times as long, by tokens: {', '.join(told)}."
+        yield ""
+
+
+def _trellis(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Of the default's codes, as far as they were measured."""
+    told = [
+        f"{row['ratio']:.2f} with {row['m']} {'token' if row['m'] == 1 else 'tokens'}"
+        + (f" in {row['activations']}" if "activations" in row else "")
+        for row in rows
+    ]
+    if told:
+        case = f"{rows[0]['n']} x {rows[0]['k']}, {rows[0]['case']}"
+        yield f"The tables are of plain codes; {case}: {', '.join(told)}."
+        yield ""
 
 
 def _ratios(stored: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -97,9 +97,9 @@ def test_targets_by_compute_capability(capability: tuple[int, int], name: str | 
 
 @pytest.mark.parametrize(
     ("m", "panels", "unpacked"),
-    [(256, (2, 8192), False), (257, (2, 8192), True), (1024, (1, 8192), False),
-     (1025, (1, 8192), True), (1024, (2, 4096, 1, 4096), True), (256, (2, 4096), True),
-     (64, (2, 4096), False), (256, (1, 4096), False)],
+    [(512, (2, 8192), False), (513, (2, 8192), True), (1024, (1, 8192), True),
+     (512, (2, 4096, 1, 4096), False), (256, (2, 4096), True), (64, (2, 4096), False),
+     (128, (12, 16384), False), (129, (12, 8192, 2, 8192), True)],
 )  # fmt: skip
 def test_many_tokens_meet_an_unpacked_weight(
     m: int, panels: tuple[int, ...], unpacked: bool

@@ -79,10 +79,10 @@ def test_what_is_reckoned_is_no_less_than_what_triton_allocates(
     assert took <= shared_bytes(key, kind.itemsize, blocks, MOST_FUSED_RANK, on) <= on.shared_bytes
 
 
-def test_the_blocks_of_every_gpu_had_no_room_on_some() -> None:
-    """What Triton 3.9 asked for, of blocks of 128 rows and 128 tokens with three stages."""
+def test_the_largest_blocks_have_no_room_everywhere() -> None:
+    """What Triton 3.9 asks for, of blocks of 128 rows and 128 tokens with three stages."""
     key, _ = weight((2, 1), 8192)
-    assert shared_bytes(key, 2, Blocks(128, 128, 8, 3), 0, BY_NAME["sm80"]) == 204_800
+    assert shared_bytes(key, 2, Blocks(128, 128, 8, 3), 0, BY_NAME["sm80"]) == 147_456
     key, _ = weight((2,), 8192)
     assert shared_bytes(key, 4, Blocks(128, 128, 8, 3), 0, BY_NAME["sm90"]) == 327_680
     assert shared_bytes(key, 2, Blocks(128, 128, 8, 3), 512, BY_NAME["sm90"]) == 262_144

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from lowra.backends.triton.emit_adapters import PAGES, READ, expand_body, gather_body
-from lowra.backends.triton.emit_ahead import PREFETCH, prefetches
 from lowra.backends.triton.emit_inputs import rotate_body, shrink_body
 from lowra.backends.triton.emit_integer import integer_body
 from lowra.backends.triton.emit_levels import quantize_body
-from lowra.backends.triton.emit_linear import few_tokens, linear_body, linear_reading
+from lowra.backends.triton.emit_linear import linear_body, linear_reading
 from lowra.backends.triton.emit_rounding import rounding_body
 from lowra.backends.triton.emit_values import values_body, values_reading
 from lowra.backends.triton.integer_codes import integer_functions
@@ -51,9 +50,6 @@ def emit(key: Key) -> str:
         parts += integer_functions(key)
     if isinstance(key, LinearKey | ShrinkKey) and key.target.multiplies_behind:
         parts.append(SETTLED.strip())
-    if isinstance(key, LinearKey | IntegerKey) and few_tokens(key):
-        ahead = any(prefetches(key.target, panel) for panel in key.weight.panels)
-        parts += [PREFETCH.strip()] if ahead else []
     if isinstance(key, GatherKey | ExpandKey):
         parts.append(READ.strip())
     signature = "\n".join(f"    {name}," for name in arguments(key))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lowra.backends.triton.emit_ahead import SIGNAL, WAIT
 from lowra.backends.triton.emit_linear import settled, sum_of_parts
 from lowra.backends.triton.keys import RotateKey, ShrinkKey
+from lowra.backends.triton.overlap import SIGNAL, WAIT
 
 COLUMNS = 128
 SHORTEST_SPAN = 256

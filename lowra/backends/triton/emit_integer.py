@@ -10,7 +10,6 @@ A program takes `rows` rows, 64 words of each at a time, and adds up in float32.
 from __future__ import annotations
 
 from lowra.backends.reference.integers import BLOCK, FINE
-from lowra.backends.triton.emit_ahead import SIGNAL, WAIT, all_ahead, part_ahead, prefetches
 from lowra.backends.triton.emit_levels import order_of, orders_of
 from lowra.backends.triton.emit_linear import epilogue, sum_of_parts
 from lowra.backends.triton.integer_codes import (
@@ -23,9 +22,10 @@ from lowra.backends.triton.integer_codes import (
     word_lines,
 )
 from lowra.backends.triton.keys import TERNARY_ID, IntegerKey, PanelKey
+from lowra.backends.triton.overlap import SIGNAL, WAIT
 from lowra.backends.triton.tables import descriptor_lines
 from lowra.backends.triton.tiles import indented, joined, summed
-from lowra.compiler.packing import FORMATS, WORD_TRITS
+from lowra.compiler.packing import WORD_TRITS
 
 MOST_BLOCKS = 128
 """Of 1280 columns, that sums are read of."""
@@ -75,7 +75,6 @@ def _panel(key: IntegerKey, panel: PanelKey, order: int) -> list[str]:
         f"whole = words // {WORDS}",
         "share = (whole + parts - 1) // parts",
         "start, end = part * share, tl.minimum(part * share + share, whole)",
-        *(_ahead(key, panel) if prefetches(key.target, panel) else []),
         *([WAIT] if key.waits else []),
         *book_lines(key, width),
         f"for t in tl.range(start, end, loop_unroll_factor={key.blocks.stages}):",
@@ -87,19 +86,6 @@ def _panel(key: IntegerKey, panel: PanelKey, order: int) -> list[str]:
         *indented(_multiply(key, panel, order, step, "ok")),
     ]
     return lines + _totals(key, width)
-
-
-def _ahead(key: IntegerKey, panel: PanelKey) -> list[str]:
-    """Ask for this program's words, of every plane: those of an upper one are fewer."""
-    lines, blocks, planes = list[str](), key.blocks, FORMATS[panel.width].planes or (1,)
-    for i, bits in enumerate(planes):
-        of_first = f"* {bits} // {planes[0]}"
-        if key.split:
-            span = f"start * {WORDS} {of_first}", f"end * {WORDS} {of_first}"
-            lines += part_ahead(blocks.rows, blocks.warps, f"codes + line{i}", *span)
-        else:
-            lines += all_ahead(f"codes + plane{i}", f"rows * (words {of_first}) * 4")
-    return lines
 
 
 def _multiply(key: IntegerKey, panel: PanelKey, order: int, step: str, mask: str) -> list[str]:

@@ -8,8 +8,8 @@ levels beside every word of codes.
 from __future__ import annotations
 
 from lowra.backends.reference.integers import BLOCK, FINE, SMALLEST
-from lowra.backends.triton.emit_ahead import SIGNAL, WAIT
 from lowra.backends.triton.keys import TERNARY_ID, QuantizeKey, WeightKey
+from lowra.backends.triton.overlap import SIGNAL, WAIT
 from lowra.backends.triton.tiles import largest, summed
 from lowra.compiler.packing import FORMATS, TERNARY_TILE, TILE
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from lowra.backends.triton.emit_ahead import SIGNAL, WAIT, all_ahead, part_ahead, prefetches
 from lowra.backends.triton.keys import TERNARY_ID, Blocks, LinearKey, PanelKey, ProductKey
+from lowra.backends.triton.overlap import SIGNAL, WAIT
 from lowra.backends.triton.tables import descriptor_lines, table_lines
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.tiles import (
-    TERNARY_FIELD,
     Block,
     Reading,
     dealt_rows,
@@ -17,7 +16,6 @@ from lowra.backends.triton.tiles import (
     summed,
     tile_lines,
 )
-from lowra.compiler.packing import FORMATS
 
 FEWEST_OF_A_DOT = 16
 
@@ -47,9 +45,7 @@ def linear_body(key: LinearKey) -> list[str]:
     for i, panel in enumerate(key.weight.panels):
         lines.append(f"{'elif' if i else 'if'} width == {panel.width}:")
         lines += indented(_panel(key, panel))
-    if key.waits:
-        # Not earlier: programs of the next kernel would crowd on processors that are done first.
-        lines.append(SIGNAL)
+    lines += [SIGNAL] if key.waits else []
     then = epilogue(key)
     return lines + (sum_of_parts(blocks, "token[None, :]", then) if key.split else then)
 
@@ -66,8 +62,6 @@ def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
         "share = (full + parts - 1) // parts",
         "start, end = part * share, tl.minimum(part * share + share, full)",
     ]
-    if few_tokens(key) and prefetches(key.target, panel):
-        lines += _ahead(key, panel)
     if key.waits and not key.rank:
         lines.append(WAIT)  # of factors, only h may be in the making: see `_factors`
     if reading.permutes(panel.width):
@@ -79,25 +73,6 @@ def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
     if key.weight.ternary_tail if panel.width == TERNARY_ID else key.weight.tail:
         tail = tile_lines(reading, panel, True, use)
         lines += ["if part == parts - 1:", *indented(tail)] if key.split else tail
-    return lines
-
-
-def few_tokens(key: ProductKey) -> bool:
-    """Where time goes by until the first codes arrive, and not much else is done."""
-    return key.blocks.tokens <= FEWEST_OF_A_DOT
-
-
-def _ahead(key: LinearKey, panel: PanelKey) -> list[str]:
-    """Ask for this program's words, of every plane."""
-    blocks, planes, lines = key.blocks, FORMATS[panel.width].planes, list[str]()
-    if not key.split:
-        sizes = [f"rows * chunks * {4 * bits}" for bits in planes] or ["rows * words * 4"]
-        base = "codes + plane{}" if planes else "code_bytes + plane{}.to(tl.int64) * 4"
-        return [text for i, size in enumerate(sizes) for text in all_ahead(base.format(i), size)]
-    items = [(f"codes + line{i}", 8 * bits, 4) for i, bits in enumerate(planes)]
-    for at, size, item_bytes in items or [("code_bytes + line", TERNARY_FIELD, 1)]:
-        span = f"start * {size}", f"end * {size}"
-        lines += part_ahead(blocks.rows, blocks.warps, at, *span, item_bytes)
     return lines
 
 

@@ -12,9 +12,10 @@ from lowra.backends.triton.shared_memory import fitting
 from lowra.backends.triton.targets import Target
 from lowra.compiler.packing import FORMATS
 
-PROGRAMS_PER_PROCESSOR, INTEGER_PROGRAMS = 3, 2
+PROGRAMS_PER_PROCESSOR, OF_TRELLIS, INTEGER_PROGRAMS = 5, 3, 2
+"""Of products of a few tokens: with trellis codes, which take more shared memory; in integers."""
 INTERPRETED_PROCESSORS = 2
-MOST_FUSED, MOST_FUSED_ONE_BIT = 512, 1024
+MOST_FUSED, MOST_FUSED_TRELLIS = 512, 128
 MANY_TOKENS = 64
 """Up to here a fused product with few programs is as fast as unpacking."""
 SHORTEST_PART = 2
@@ -55,7 +56,12 @@ def fused(
     """The same, by a kernel that reads W packed."""
     blocks = blocks_of(weight, panels, m, dtype, target)
     tiles, token_tiles = tiles_of(panels, m, blocks)
-    return Choice(blocks, parts_of(tiles * token_tiles, k, blocks, processors))
+    each = OF_TRELLIS if has_trellis(panels) else PROGRAMS_PER_PROCESSOR
+    return Choice(blocks, parts_of(tiles * token_tiles, k, blocks, processors, each))
+
+
+def has_trellis(panels: tuple[int, ...]) -> bool:
+    return any(FORMATS[id].trellis for id in panels[0::2])
 
 
 def blocks_of(
@@ -89,22 +95,19 @@ def unpacks(
 ) -> bool:  # fmt: skip
     """Whether to unpack W and let torch multiply: above some tokens its products are faster, by
     more than unpacking takes, and earlier where our programs would leave half of the processors
-    idle. Rows of one bit are cheap to look up and hold out longer."""
+    idle, or where every tile of tokens looks trellis codes up anew."""
     if target.backend != "cuda":
         return False
-    if set(panels[0::2]) == {1}:
-        return m > MOST_FUSED_ONE_BIT
     tiles, token_tiles = tiles_of(panels, m, blocks_of(weight, panels, m, dtype, target))
     few = m > MANY_TOKENS and 2 * tiles * token_tiles <= processors
-    return few or m > MOST_FUSED
+    return few or m > (MOST_FUSED_TRELLIS if has_trellis(panels) else MOST_FUSED)
 
 
 def integer_choice(panels: tuple[int, ...], k: int, m: int, fine: bool, processors: int) -> Choice:
     """Of a product of a few tokens in integers: few rows to a program, and as many words in flight
     as registers hold beside all sums."""
-    trellis = any(FORMATS[id].trellis for id in panels[0::2])
-    at_once = (4 >> (fine + trellis)) if m == 1 else 1
-    blocks = Blocks(16, 1 << (m - 1).bit_length(), 4, at_once)
+    at_once = 1 if fine and has_trellis(panels) else 2 if fine else 4
+    blocks = Blocks(16, 1 << (m - 1).bit_length(), 4, at_once if m == 1 else 1)
     tiles, _ = tiles_of(panels, m, blocks)
     wanted = -(-processors * INTEGER_PROGRAMS // max(1, tiles))
     return Choice(blocks, max(1, min(wanted, k // INTEGER_PART)))

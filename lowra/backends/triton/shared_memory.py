@@ -75,7 +75,7 @@ def _loop(weight: WeightKey, width: int, item_bytes: int, blocks: Blocks, target
         # Tokens are read by the product while the next ones arrive; of W, ternary rows alone pass.
         passing = (5 if _from_tensor_memory(target) else 1) * values if ternary else 0
         return blocks.stages * tokens + later * words + passing + scales
-    stay = halves and target.permutes and width not in (1, 11, TERNARY_ID) and not odd
+    stay = halves and target.permutes and not ternary and not odd
     return later * (tokens + words) + (0 if stay else values) + scales
 
 
