@@ -46,7 +46,7 @@ FEW = tuple(
 """Up to 16 tokens: blocks, and programs per processor that columns are shared for."""
 MANY = (
     *(Blocks(rows, 32, 4, stages) for rows in (64, 128) for stages in (2, 3)),
-    *(Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(256, 64, 8, 2)),
+    *(Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 2)),
     *(Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 3), Blocks(256, 128, 8, 2)),
 )
 

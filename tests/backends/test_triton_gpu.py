@@ -45,71 +45,6 @@ def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     service.target_of.cache_clear()
 
 
-SHAPES = (
-    Shape(300, 1344, (2,)), Shape(9000, 1344, (2,)), Shape(130, 576, (2, 9), 64, False),
-    Shape(9000, 1344, (12,)), Shape(300, 480, (13, 11), 64, False),
-    Shape(5000, 4096, (13, 12, 11), block=4096), Shape(5000, 4096, (1, 4, 9), block=4096),
-    Shape(5000, 4096, (2, 3, 8), block=4096),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "limit", "tokens"),
-    [
-        (torch.bfloat16, 1e-2, (1, 5, 16, 40, 65, 128, 200, 256, 300, 520)),
-        (torch.float16, 2e-3, (5, 40, 200)), (torch.float32, 1e-5, (1, 40, 300)),
-    ],
-)  # fmt: skip
-def test_products_on_a_device_equal_float64(
-    shape: Shape, dtype: torch.dtype, limit: float, tokens: tuple[int, ...]
-) -> None:
-    packed = packed_of(shape)
-    there = [t.cuda() if isinstance(t, torch.Tensor) else t for t in packed.op_args()]
-    a, b = torch.randn(16, shape.k).to(dtype) / 64, torch.randn(shape.n, 16).to(dtype)
-    dense = packed.dequantize(torch.float64).cuda() + 0.5 * b.cuda().double() @ a.cuda().double()
-    for m in tokens:
-        x = torch.randn(m, shape.k).to(dtype).cuda()
-        y = torch.ops.lowra.quantized_linear_lora(x, *there, None, a.cuda(), b.cuda(), 0.5)
-        want = x.double() @ dense.T
-        assert float((y.double() - want).norm() / want.norm()) < limit
-
-
-@pytest.mark.parametrize(
-    ("kind", "m"), [*(("int8", m) for m in (1, 2, 3, 4)), ("int16", 1), ("int16", 2)]
-)
-def test_products_in_integers_on_a_device_equal_float64_of_the_same_integers(
-    kind: Literal["int8", "int16"], m: int
-) -> None:
-    """Through the op with an adapter, rotated; then without, to the integers themselves."""
-    fine, limit = kind == "int16", 1e-2 if kind == "int16" else 3e-2
-    for shape in (
-        Shape(300, 1344, (2,)), Shape(5000, 4096, (1, 2, 3, 4, 9), block=4096),
-        Shape(130, 8192, (2, 9), -1, False), Shape(9000, 1344, (1, 4)),
-        Shape(290, 1344, (13, 11)), Shape(9000, 4096, (12,)),
-    ):  # fmt: skip
-        packed = packed_of(shape)
-        arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
-        x = torch.randn(m, shape.k).bfloat16()
-        a, b = torch.randn(16, shape.k) / 64, torch.randn(shape.n, 16)
-        a, b = a.bfloat16(), b.bfloat16()
-        with activations(kind):
-            y = torch.ops.lowra.quantized_linear_lora(
-                x.cuda(), *arguments_, None, a.cuda(), b.cuda(), 0.5
-            )
-        dense = packed.dequantize(torch.float64)
-        want = x.double() @ (dense + 0.5 * b.double() @ a.double()).T
-        assert float((y.cpu().double() - want).norm() / want.norm()) < limit
-        target = service.target_of(y.device)
-        assert target is not None
-        turned = rotate(x.float(), packed.rotation).bfloat16()
-        weight = weight_of((*arguments_,))
-        given = (weight, m, x.dtype, fine, target, 0, "", False, y.device)
-        got = integer.product(turned.cuda(), weight, integer.planned(*given), None)
-        want = integer_product(x, packed.op_args(), fine)
-        assert float((got.cpu().double() - want).norm() / want.norm()) < 4e-3
-
-
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_product_on_a_device_is_the_same_every_time(kind: str) -> None:
     """Races would show as bits that change. Two inputs by turns: what one call leaves in memory
@@ -177,6 +112,71 @@ def test_a_product_under_reduce_overhead_leaves_nothing_in_the_memory_of_its_gra
         for _ in range(4):
             got = fast(x).clone()
         assert torch.equal(got, run(x))
+
+
+SHAPES = (
+    Shape(300, 1344, (2,)), Shape(9000, 1344, (2,)), Shape(130, 576, (2, 9), 64, False),
+    Shape(9000, 1344, (12,)), Shape(300, 480, (13, 11), 64, False),
+    Shape(5000, 4096, (13, 12, 11), block=4096), Shape(5000, 4096, (1, 4, 9), block=4096),
+    Shape(5000, 4096, (2, 3, 8), block=4096),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "limit", "tokens"),
+    [
+        (torch.bfloat16, 1e-2, (1, 5, 16, 40, 65, 128, 200, 256, 300, 520)),
+        (torch.float16, 2e-3, (5, 40, 200)), (torch.float32, 1e-5, (1, 40, 300)),
+    ],
+)  # fmt: skip
+def test_products_on_a_device_equal_float64(
+    shape: Shape, dtype: torch.dtype, limit: float, tokens: tuple[int, ...]
+) -> None:
+    packed = packed_of(shape)
+    there = [t.cuda() if isinstance(t, torch.Tensor) else t for t in packed.op_args()]
+    a, b = torch.randn(16, shape.k).to(dtype) / 64, torch.randn(shape.n, 16).to(dtype)
+    dense = packed.dequantize(torch.float64).cuda() + 0.5 * b.cuda().double() @ a.cuda().double()
+    for m in tokens:
+        x = torch.randn(m, shape.k).to(dtype).cuda()
+        y = torch.ops.lowra.quantized_linear_lora(x, *there, None, a.cuda(), b.cuda(), 0.5)
+        want = x.double() @ dense.T
+        assert float((y.double() - want).norm() / want.norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("kind", "m"), [*(("int8", m) for m in (1, 2, 3, 4)), ("int16", 1), ("int16", 2)]
+)
+def test_products_in_integers_on_a_device_equal_float64_of_the_same_integers(
+    kind: Literal["int8", "int16"], m: int
+) -> None:
+    """Through the op with an adapter, rotated; then without, to the integers themselves."""
+    fine, limit = kind == "int16", 1e-2 if kind == "int16" else 3e-2
+    for shape in (
+        Shape(300, 1344, (2,)), Shape(5000, 4096, (1, 2, 3, 4, 9), block=4096),
+        Shape(130, 8192, (2, 9), -1, False), Shape(9000, 1344, (1, 4)),
+        Shape(290, 1344, (13, 11)), Shape(9000, 4096, (12,)),
+    ):  # fmt: skip
+        packed = packed_of(shape)
+        arguments_ = [a.cuda() if isinstance(a, torch.Tensor) else a for a in packed.op_args()]
+        x = torch.randn(m, shape.k).bfloat16()
+        a, b = torch.randn(16, shape.k) / 64, torch.randn(shape.n, 16)
+        a, b = a.bfloat16(), b.bfloat16()
+        with activations(kind):
+            y = torch.ops.lowra.quantized_linear_lora(
+                x.cuda(), *arguments_, None, a.cuda(), b.cuda(), 0.5
+            )
+        dense = packed.dequantize(torch.float64)
+        want = x.double() @ (dense + 0.5 * b.double() @ a.double()).T
+        assert float((y.cpu().double() - want).norm() / want.norm()) < limit
+        target = service.target_of(y.device)
+        assert target is not None
+        turned = rotate(x.float(), packed.rotation).bfloat16()
+        weight = weight_of((*arguments_,))
+        given = (weight, m, x.dtype, fine, target, 0, "", False, y.device)
+        got = integer.product(turned.cuda(), weight, integer.planned(*given), None)
+        want = integer_product(x, packed.op_args(), fine)
+        assert float((got.cpu().double() - want).norm() / want.norm()) < 4e-3
 
 
 @pytest.mark.parametrize("widths", [(1, 2, 3, 4, 8, 9), (4, 11, 12, 13)], ids=str)

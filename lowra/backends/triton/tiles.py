@@ -13,7 +13,7 @@ from lowra.compiler.packing import FORMATS, levels_of
 
 TERNARY_FIELD = 64
 BLOCK_COLUMNS = 128
-"""Of a block of a full tile. Triton waits after every 16 columns for products of 256."""
+"""Of a block of a full tile; of 256, values would take twice the registers."""
 
 
 @dataclass(frozen=True)
