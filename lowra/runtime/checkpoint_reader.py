@@ -22,6 +22,7 @@ from lowra.runtime.compiled import Compiled
 from lowra.runtime.manifest import MANIFEST, check_sums, read_manifest, stored_tensors
 from lowra.runtime.module_view import place, put_adapter
 from lowra.runtime.quantized_module import QuantizedModule, is_lora
+from lowra.runtime.trained_norms import mark_trained
 from lowra.runtime.training import attach
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,6 +47,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> nn.Modu
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             setattr(module, leaf, getattr(module, leaf).to(DTYPES[dtype]))
+        mark_trained(model, manifest.get("trained_norms", ()))
     except LowraError:
         raise
     except Exception as error:  # whatever a wrong config or entry makes torch or transformers raise

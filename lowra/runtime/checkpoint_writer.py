@@ -34,7 +34,7 @@ from lowra.runtime.manifest import (
 )
 from lowra.runtime.modules import QuantizedLinear
 from lowra.runtime.quantized_module import QuantizedModule, is_lora
-from lowra.runtime.trained_norms import as_stored
+from lowra.runtime.trained_norms import as_stored, held_norms
 from lowra.runtime.trained_tables import is_offset
 from lowra.version import __version__
 
@@ -112,6 +112,7 @@ def _write_files(model: nn.Module, info: Compiled, folder: Path, tokenizer: Any)
         "report": {key: value for key, value in info.report.items() if key != "seconds"},
         "sites": sites,
         "buffers": _unstored_buffers(model),
+        "trained_norms": sorted(held_norms(model)),
         "checksums": {name: checksum(t) for name, t in sorted(stored_tensors(folder).items())},
         "headers": header_checksums(folder),
     }

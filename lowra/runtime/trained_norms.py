@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,8 +22,17 @@ def hold_norm(norm: nn.Module, dtype: torch.dtype) -> None:
         norm.register_forward_hook(_as_input)
 
 
+def mark_trained(model: nn.Module, names: Iterable[str]) -> None:
+    """Name norms of a loaded model that had trained, or were made ready to, before it was saved.
+    Raises AttributeError for a name that is no module."""
+    for name in names:
+        norm = model.get_submodule(name)
+        stored = {key: parameter.dtype for key, parameter in norm.named_parameters(recurse=False)}
+        norm.__dict__.setdefault(STORED, stored)
+
+
 def held_norms(model: nn.Module) -> list[str]:
-    """The norms that trained, or were made ready to."""
+    """The norms that trained, or were made ready to, here or before they were saved."""
     return [name for name, module in model.named_modules() if STORED in module.__dict__]
 
 

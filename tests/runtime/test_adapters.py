@@ -360,6 +360,20 @@ def test_norms_that_trained_beside_an_adapter_are_missed_aloud(
     assert "lowra.save writes the whole model" in caplog.text
 
 
+def test_norms_that_trained_before_their_model_was_saved_are_missed_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = target()
+    lowra.prepare_training(model, ("adapters", "norms"))
+    lowra.save(model, tmp_path / "whole")
+    loaded = lowra.load(tmp_path / "whole", model=stack())
+    lowra.save_adapter(loaded, tmp_path / "alone")
+    assert "norm trained beside this adapter and is no part of it" in caplog.text
+    lowra.save(loaded, tmp_path / "again")
+    manifests = [(tmp_path / folder / "lowra.json").read_bytes() for folder in ("whole", "again")]
+    assert manifests[0] == manifests[1]
+
+
 def test_a_folder_in_use_is_kept(written: Path) -> None:
     before = (written / "adapter_config.json").read_bytes()
     with pytest.raises(OutputError, match="not empty"):
