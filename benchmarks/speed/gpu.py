@@ -131,11 +131,10 @@ def runs_of(m: int, plain: Copies, turned: Copies) -> dict[str, tuple[Run, int]]
     weight = weight_of(plain[0])
     target = service.target_of(x.device)
     assert target is not None
-    for kind in KINDS_OF_X:
-        if integer.takes(weight.key, k, m, kind == "int16", target):
-            runs[kind] = (in_integers(kind, runs["lowra"][0]), len(plain))
-            runs[f"{kind}_rotated"] = (in_integers(kind, runs["rotated"][0]), len(turned))
-            runs[f"{kind}_lora"] = (in_integers(kind, runs["lora"][0]), len(plain))
+    for kind in KINDS_OF_X if integer.takes(weight.key, k, m, target) else ():
+        runs[kind] = (in_integers(kind, runs["lowra"][0]), len(plain))
+        runs[f"{kind}_rotated"] = (in_integers(kind, runs["rotated"][0]), len(turned))
+        runs[f"{kind}_lora"] = (in_integers(kind, runs["lora"][0]), len(plain))
     return runs
 
 

@@ -89,7 +89,7 @@ def _trellis(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     ]
     if told:
         case = f"{rows[0]['n']} x {rows[0]['k']}, {rows[0]['case']}"
-        yield f"The tables are of plain codes; {case}: {', '.join(told)}."
+        yield f"The tables are of plain codes. Of other runs that day, {case}: {', '.join(told)}."
         yield ""
 
 

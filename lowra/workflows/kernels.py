@@ -13,6 +13,7 @@ from lowra.backends.triton.build import source_of
 from lowra.backends.triton.keys import Key, ValuesKey
 from lowra.backends.triton.launch import product_key, reads_factor
 from lowra.backends.triton.schedule import (
+    FEW_TOKENS,
     MOST_FUSED_RANK,
     choose,
     integer_choice,
@@ -25,7 +26,6 @@ from lowra.runtime.modules import QuantizedLinear
 
 PROCESSORS = 132
 """Of the device that grids are chosen for where there is none: an H100 or H200."""
-FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _product_keys(
     of = NAMES[factors] if own else ""
     kind = "float32" if module.dtype == torch.float32 else get_activations("cuda")
     fine = kind == "int16"
-    takes = integer.takes(weight.key, weight.k, tokens, fine, target)
+    takes = integer.takes(weight.key, weight.k, tokens, target)
     if kind.startswith("int") and takes and rank == module.rank:
         chosen = integer_choice(weight.panels, weight.k, tokens, fine, PROCESSORS)
         given = (weight, tokens, name, fine, target, rank, bias, chosen, of)

@@ -40,7 +40,7 @@ log = logging.getLogger("lowra")
 FEW = tuple(
     (Blocks(rows, 16, warps, stages), programs)
     for (rows, warps), stages, programs in itertools.product(
-        ((64, 4), (128, 4), (128, 8)), (2, 3, 4), (1, 2, 3, 4)
+        ((64, 4), (128, 4)), (2, 3, 4), (1, 2, 3, 4, 5, 6, 8)
     )
 )
 """Up to 16 tokens: blocks, and programs per processor that columns are shared for."""

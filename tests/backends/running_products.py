@@ -6,7 +6,8 @@ import re
 
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.M)
 PRODUCT = re.compile(r"HGMMA\S*\s+R\d+,\s*R(\d+),")
-WRITES = re.compile(r"(\S+)\s+R(\d+)\b")
+WAITS = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)")
+WRITES = re.compile(r"(\S+)\s+(?:U?P\w+,\s*)?R(\d+)\b")
 WRITES_NONE = ("ST", "BAR", "LDGSTS", "RED", "CCTL", "ISETP", "FSETP", "ATOM")
 
 
@@ -25,16 +26,17 @@ def overwritten(text: str) -> list[str]:
 
 
 def _walked(lines: list[str]) -> list[str]:
-    running, found = set[int](), list[str]()
+    groups, found = [set[int]()], list[str]()  # the last one is not closed yet
     for line in lines:
         text = re.sub(r"^@!?U?P\w+\s+", "", line)
-        if text.startswith("WARPGROUP.DEPBAR"):
-            running.clear()
+        if wait := WAITS.match(text):
+            groups = [*groups[:-1][len(groups) - 1 - int(wait[1]) :], groups[-1]]
         elif product := PRODUCT.match(text):
-            running.update(range(int(product[1]), int(product[1]) + 4))
+            groups[-1].update(range(int(product[1]), int(product[1]) + 4))
+            groups += [set()] if "gsb0" in text else []
         elif (written := WRITES.match(text)) and not text.startswith(WRITES_NONE):
             first = int(written[2])
-            if running & set(range(first, first + _registers(written[1]))):
+            if set().union(*groups) & set(range(first, first + _registers(written[1]))):
                 found.append(line)
     return found
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +31,13 @@ from lowra.backends.triton.keys import (
     ValuesKey,
     weight_key,
 )
-from lowra.backends.triton.schedule import UNPACKED, choose, unpacks
+from lowra.backends.triton.schedule import (
+    SHORTEST_PART,
+    UNPACKED,
+    choose,
+    parts_of,
+    unpacks,
+)
 from lowra.backends.triton.tables import PAST
 from lowra.backends.triton.targets import INTERPRETER, TARGETS, cuda_target, hip_target
 from lowra.backends.triton.weight import descriptors
@@ -97,8 +104,8 @@ def test_targets_by_compute_capability(capability: tuple[int, int], name: str | 
 
 @pytest.mark.parametrize(
     ("m", "panels", "unpacked"),
-    [(512, (2, 8192), False), (513, (2, 8192), True), (1024, (1, 8192), True),
-     (512, (2, 4096, 1, 4096), False), (256, (2, 4096), True), (64, (2, 4096), False),
+    [(256, (2, 8192), False), (257, (2, 8192), True), (65, (2, 8192), False),
+     (256, (2, 4096, 1, 4096), False), (256, (2, 4096), True), (64, (2, 4096), False),
      (128, (12, 16384), False), (129, (12, 8192, 2, 8192), True)],
 )  # fmt: skip
 def test_many_tokens_meet_an_unpacked_weight(
@@ -323,3 +330,10 @@ def test_a_choice_that_is_kept_counts_no_more_once_tables_are_read_anew(
     monkeypatch.setattr(tuning, "_choice", functools.cache(lambda *_: UNPACKED))
     tuning.forget()
     assert choice() == UNPACKED
+
+
+def test_no_part_of_a_sum_is_without_columns() -> None:
+    for tiles, programs in itertools.product(range(130), (1, 3, 28, 32, 64, 128, 448)):
+        parts = parts_of(programs, 256 * tiles, Blocks(64, 16, 4, 3), 132)
+        share = -(-tiles // parts)  # as a kernel reckons
+        assert parts == 1 or (parts - 1) * share < tiles and share >= SHORTEST_PART

@@ -44,20 +44,20 @@ def check(shape: Shape, m: int, fine: bool, dtype: torch.dtype = torch.float32) 
     y = product(packed, x, fine)
     want = integer_product(x, packed.op_args(), fine)
     # What `fine` leaves out: second levels of x by second levels of a codebook.
-    assert y.dtype == dtype and distance(y, want) < LIMIT[dtype] + (1e-4 if fine else 0)
+    assert y.dtype == dtype and distance(y, want) < LIMIT[dtype] + (1.5e-4 if fine else 0)
     exact = x.double() @ packed.dequantize(torch.float64).T
     assert distance(y, exact) < (2e-4 if fine else 3e-2) + LIMIT[dtype]
 
 
 @pytest.mark.parametrize("fine", [False, True], ids=["int8", "int16"])
-@pytest.mark.parametrize("k", [20, 256, 321, 1610])
+@pytest.mark.parametrize("k", [20, 250, 256, 321, 1000, 1610])
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 9, 11, 12, 13])
 def test_rows_of_one_width(width: int, k: int, fine: bool) -> None:
     check(Shape(19, k, (width,), shared=k % 2 == 0), 1, fine)
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("m", [1, 2])
 def test_mixed_widths_of_a_few_tokens(m: int, dtype: torch.dtype) -> None:
     check(Shape(53, 600, (1, 2, 3, 4, 9)), m, m == 2, dtype)
 
@@ -108,7 +108,7 @@ def kernels_of(packed: PackedWeight) -> set[str]:
 @pytest.mark.parametrize(
     ("m", "dtype", "kind", "shape"),
     [
-        (5, torch.bfloat16, "int8", Shape(21, 96, (2,))),
+        (3, torch.bfloat16, "int8", Shape(21, 96, (2,))),
         (3, torch.bfloat16, "int16", Shape(21, 96, (2,))),
         (1, torch.float32, "int8", Shape(21, 96, (2,))),
         (1, torch.bfloat16, "bfloat16", Shape(21, 96, (2,))),
@@ -200,4 +200,4 @@ def test_functions_spelt_out_are_the_instructions_that_they_stand_for() -> None:
 def test_targets_without_byte_permutes_are_left_out() -> None:
     weight = weight_key([2, 64], 256, -1, False, False)
     for target in TARGETS:
-        assert integer.takes(weight, 256, 1, False, target) == target.permutes
+        assert integer.takes(weight, 256, 1, target) == target.permutes

@@ -64,7 +64,7 @@ def test_candidates_are_different_and_may_unpack_for_many_tokens(n: int, k: int)
     weight = weight_of(random_weight(n, k, 2).op_args())
     for m in (1, 16, 17, 256, 4096):
         found = candidates(weight, m, BF16, 132, TARGETS[1])
-        assert len(set(found)) == len(found) > 8
+        assert len(set(found)) == len(found) >= 6
         assert found[0] == choose(weight.key, weight.panels, k, m, BF16, 132, TARGETS[1])
         assert (UNPACKED in found) is (m > 16)
         assert all(c.blocks is None or c.parts == 1 or c.blocks.tokens == 16 for c in found)

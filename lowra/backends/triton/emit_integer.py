@@ -1,8 +1,8 @@
 """Source of y = x W' for a few tokens of integers (emit_levels.py): four weights an instruction.
 
-`dot4` (dp4a) adds four products of bytes. Codes of 2, 3 and 4 bits are looked up as bytes
-(integer_codes.py). Those of 1 bit and ternary ones are multiplied themselves, and the codebook
-counts as it is stored: y = c0 sum(x) + what codes other than 0 add.
+`dot4` (dp4a) adds four products of bytes. Codes of 2, 3 and 4 bits and numbers of trellis codes'
+levels are looked up as bytes (integer_codes.py). Codes of 1 bit and ternary ones are multiplied
+themselves, and the codebook counts as it is stored: y = c0 sum(x) + what codes other than 0 add.
 
 A program takes `rows` rows, 64 words of each at a time, and adds up in float32.
 """

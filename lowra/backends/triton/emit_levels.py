@@ -87,7 +87,7 @@ def _places(order: int) -> list[str]:
     size = 8 * bits
     return [
         "chunks = (k + 31) // 32",
-        f"short = tl.maximum(chunks % 8 * {bits}, 1)",
+        f"short = tl.maximum((chunks - k // {TILE} * 8) * {bits}, 1)",
         f"words = tl.where(c // {TILE} < k // {TILE}, {size}, short)",
         f"f, v = c % {TILE} // words, c % {TILE} % words",
         where[order],

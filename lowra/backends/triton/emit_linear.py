@@ -45,7 +45,9 @@ def linear_body(key: LinearKey) -> list[str]:
     for i, panel in enumerate(key.weight.panels):
         lines.append(f"{'elif' if i else 'if'} width == {panel.width}:")
         lines += indented(_panel(key, panel))
-    lines += [SIGNAL] if key.waits else []
+    if key.waits:
+        # Before sums are stored: they may lie where what makes h keeps its own.
+        lines += [SIGNAL, WAIT] if key.rank else [SIGNAL]
     then = epilogue(key)
     return lines + (sum_of_parts(blocks, "token[None, :]", then) if key.split else then)
 
@@ -63,7 +65,7 @@ def _panel(key: LinearKey, panel: PanelKey) -> list[str]:
         "start, end = part * share, tl.minimum(part * share + share, full)",
     ]
     if key.waits and not key.rank:
-        lines.append(WAIT)  # of factors, only h may be in the making: see `_factors`
+        lines.append(WAIT)  # with factors, only h may be in the making
     if reading.permutes(panel.width):
         lines += table_lines(panel.width, key.weight.own, key.dtype)
     lines += [
@@ -158,7 +160,6 @@ def _factors(key: ProductKey) -> list[str]:
         product = summed("low[:, None, :].to(tl.float32) * tl.trans(h)[None, :, :]", 2)
     else:
         product = _dot(key, "low", "h")
-    waits = key.waits and isinstance(key, LinearKey)
     hidden = (
         "tl.load(hidden + rm[None, :] * rank + r[:, None], mask=some & token[None, :], other=0.0)"
     )
@@ -166,7 +167,6 @@ def _factors(key: ProductKey) -> list[str]:
         "tl.load(lora_b + row[:, None] * rank + r[None, :], mask=few & live[:, None], other=0.0)"
     )
     return [
-        *([WAIT] if waits else []),
         f"r = tl.arange(0, {key.rank})",
         "some, few = (r < rank)[:, None], (r < rank)[None, :]",
         f"h = {hidden}.to(tl.{product_dtype(key)})",

@@ -18,11 +18,12 @@ from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight
 
 MOST_TOKENS = 2
-"""At 4, products in bfloat16 were as fast or faster (3, 2 and 1 bits, an H200)."""
+"""At 4, products in bfloat16 were as fast or faster but at 4 bits (an H200); 2 and 3 were not
+measured."""
 WIDTHS = frozenset((1, 2, 3, 4, 9, 11, 12, 13))
 
 
-def takes(weight: WeightKey, k: int, m: int, fine: bool, target: Target) -> bool:
+def takes(weight: WeightKey, k: int, m: int, target: Target) -> bool:
     """Whether products of m tokens have a kernel in integers: not for rows of 8 bits, scales in
     groups, very wide weights, or targets without byte permutes."""
     known = {panel.width for panel in weight.panels} <= WIDTHS and weight.group <= 0

@@ -152,7 +152,7 @@ def _upper(panel: PanelKey) -> list[str]:
 def _upper_in_tail(masked: str) -> list[str]:
     return [
         "full = k // 256",
-        "half = tl.where(word_at < full * 16, 8, tl.maximum(chunks % 8, 1))",
+        "half = tl.where(word_at < full * 16, 8, tl.maximum(chunks - full * 8, 1))",
         "inside = word_at % 16",
         "above = (word_at // 16 * 8 + inside % half)[None, :]",
         f"h = tl.load(codes + line1 + above{masked}) >> (inside // half)[None, :]",

@@ -15,9 +15,15 @@ from torch import Tensor
 from lowra.backends.triton.build import anew_where_broken, compile_options, kernel_of
 from lowra.backends.triton.emit import arguments
 from lowra.backends.triton.emit_inputs import COLUMNS, span_of
-from lowra.backends.triton.emit_linear import FEWEST_OF_A_DOT
 from lowra.backends.triton.keys import Blocks, Key, LinearKey, RotateKey, ShrinkKey, ValuesKey
-from lowra.backends.triton.schedule import Choice, fused, processors, tiles_of, values_blocks
+from lowra.backends.triton.schedule import (
+    FEW_TOKENS,
+    Choice,
+    fused,
+    processors,
+    tiles_of,
+    values_blocks,
+)
 from lowra.backends.triton.service import failed, refuse_failed
 from lowra.backends.triton.targets import Target
 from lowra.backends.triton.weight import NAMES, Weight
@@ -90,7 +96,7 @@ def product_key(
     blocks, parts = choice.blocks, choice.parts
     assert blocks is not None, "an unpacked weight has no kernel that multiplies"
     tiles, token_tiles = tiles_of(weight.panels, m, blocks)
-    waits = target.overlaps and (waits if rank else blocks.tokens <= FEWEST_OF_A_DOT)
+    waits = target.overlaps and (waits if rank else blocks.tokens <= FEW_TOKENS)
     key = LinearKey(
         target, weight.key, dtype, blocks, padded_rank(rank), bias, parts > 1, waits, factor_dtype
     )  # fmt: skip
@@ -147,7 +153,7 @@ def rotated(x: Tensor, rotation: Rotation, target: Target, back: bool = False) -
         return x
     (m, k), device = x.shape, x.device
     out = room("rotated inputs", (m, k), x.dtype, device)
-    signals = target.overlaps and not back and m <= FEWEST_OF_A_DOT
+    signals = target.overlaps and not back and m <= FEW_TOKENS
     launcher, scaled = _rotating(rotation, k, x.dtype, back, signals, target, device)
     grid = (m, -(-k // span_of(rotation.block)), 1)
     run(launcher, grid, {"x": x, "signs": scaled, "out": out, "k": k})

@@ -14,7 +14,7 @@ from lowra.backends.activations import get_activations
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import integer, launch
 from lowra.backends.triton.keys import TERNARY_ID
-from lowra.backends.triton.schedule import MOST_FUSED_RANK, UNPACKED, Choice
+from lowra.backends.triton.schedule import FEW_TOKENS, MOST_FUSED_RANK, UNPACKED, Choice
 from lowra.backends.triton.service import (
     KernelError,
     explain,
@@ -29,8 +29,6 @@ from lowra.compiler.ops import DIRECT, LIBRARY
 from lowra.compiler.packing import TERNARY_TILE, TILE
 from lowra.compiler.rotation import Rotation
 
-FEW_TOKENS = 16
-"""Up to here a kernel of our own makes h = x A'; above, torch does."""
 COLUMNS = math.lcm(TILE, TERNARY_TILE)
 PIECE_BYTES = 16 << 20
 """Of an unpacked weight that torch multiplies at a time, in `input_gradient`, so that it may stay
@@ -102,7 +100,7 @@ def _in_integers(
     if not kind.startswith("int"):
         return None
     rank, fine = 0 if factors is None else factors[0].shape[0], kind == "int16"
-    takes = integer.takes(weight.key, weight.k, rows.shape[0], fine, target)
+    takes = integer.takes(weight.key, weight.k, rows.shape[0], target)
     if not takes or rank > MOST_FUSED_RANK:
         return None
     m, dtype = rows.shape[0], rows.dtype

@@ -15,9 +15,10 @@ from lowra.compiler.packing import FORMATS
 PROGRAMS_PER_PROCESSOR, OF_TRELLIS, INTEGER_PROGRAMS = 5, 3, 2
 """Of products of a few tokens: with trellis codes, which take more shared memory; in integers."""
 INTERPRETED_PROCESSORS = 2
-MOST_FUSED, MOST_FUSED_TRELLIS = 512, 128
-MANY_TOKENS = 64
-"""Up to here a fused product with few programs is as fast as unpacking."""
+MOST_FUSED, MOST_FUSED_TRELLIS = 256, 128
+FEW_TOKENS, MANY_TOKENS = 16, 64
+"""Up to few, kernels of our own make h = x A' and start early; above many, a fused product with few
+programs is slower than unpacking."""
 SHORTEST_PART = 2
 """Tiles of 256 columns that a part of a sum has at least."""
 INTEGER_PART = 2048
@@ -94,12 +95,13 @@ def unpacks(
     target: Target,
 ) -> bool:  # fmt: skip
     """Whether to unpack W and let torch multiply: above some tokens its products are faster, by
-    more than unpacking takes, and earlier where our programs would leave half of the processors
-    idle, or where every tile of tokens looks trellis codes up anew."""
+    more than unpacking takes; earlier where few rows leave most processors idle, or where every
+    tile of tokens looks trellis codes up anew. Between 64, 256 and 1024 tokens nothing was
+    measured."""
     if target.backend != "cuda":
         return False
     tiles, token_tiles = tiles_of(panels, m, blocks_of(weight, panels, m, dtype, target))
-    few = m > MANY_TOKENS and 2 * tiles * token_tiles <= processors
+    few = m > MANY_TOKENS and 3 * tiles <= processors and 2 * tiles * token_tiles <= processors
     return few or m > (MOST_FUSED_TRELLIS if has_trellis(panels) else MOST_FUSED)
 
 
@@ -120,13 +122,14 @@ def values_blocks() -> Blocks:
 def parts_of(
     programs: int, k: int, blocks: Blocks, processors: int, each: int = PROGRAMS_PER_PROCESSOR
 ) -> int:
-    """Among how many programs the columns of a tile are shared, equally, so that every processor
-    has `each` programs; 1 above 16 tokens, where there are enough or sums would be too large."""
+    """Among how many programs the columns of a tile are shared, so that every processor has `each`
+    programs and none has no columns; 1 above 16 tokens, where there are enough or sums would be
+    too large."""
     if blocks.tokens > 16:
         return 1
     wanted, tiles = -(-processors * each // max(1, programs)), k // 256
     share = max(SHORTEST_PART, tiles // wanted)
-    return max(1, tiles // share)
+    return max(1, -(-tiles // share))
 
 
 def processors(device: torch.device) -> int:

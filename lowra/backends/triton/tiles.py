@@ -214,14 +214,14 @@ def _words_of_run(later: int, ok: str = "") -> list[str]:
 def _blocks(reading: Reading, width: int, spans: int, tail: bool, use: Use) -> Iterator[str]:
     """Neighbouring fields side by side, so that columns follow each other."""
     size, count = field_words(width), 32 // FORMATS[width].planes[0]
-    step = count if tail else fields_at_once(reading.weight, width)
+    step = BLOCK_COLUMNS // size if tail else fields_at_once(reading.weight, width)
     yield f"j = tl.arange(0, {size * step})"
     for start in range(0, count, step):
         parts = [f"v{i}_{field}" for field in range(start, start + step) for i in range(spans)]
         yield f"a = {planar(parts, reading, size // spans)}"
         first = f"t * 256 + {start * size}"
         if tail:
-            yield f"c = full * 256 + (j // {size}) * short + j % {size}"
+            yield f"c = full * 256 + ({start} + j // {size}) * short + j % {size}"
             yield f"c_ok = (j % {size} < short) & (c < k)"
         else:
             yield f"c = {first} + j"
