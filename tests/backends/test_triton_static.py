@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lowra.backends.triton.adapters import tokens_of
-from lowra.backends.triton.build import compile_options, load
 from lowra.backends.triton.emit import emit
 from lowra.backends.triton.keys import (
     Blocks,
@@ -40,10 +39,8 @@ from lowra.backends.triton.static import (
     Machine,
     Static,
     compile_for,
-    compile_kernel,
     loop_instructions,
     machine_code,
-    signature_of,
 )
 from lowra.backends.triton.targets import TARGETS, Target
 from lowra.backends.triton.tuning import MOST_RANK, SHIPPED, read_table
@@ -121,13 +118,23 @@ def test_instructions_per_weight_stay_in_their_budget(width: int) -> None:
     assert not overwritten(machine(key).text)
 
 
-def test_a_product_that_runs_on_is_found_out() -> None:
-    """Rows of 1 bit without the wait: as an H200 computed them wrongly."""
-    key = decode(SM90, [1, 8192])
-    source = emit(key).replace("settled(tl.dot", "(tl.dot")
-    kernel = load("runs-on", source)
-    static = compile_kernel(kernel, signature_of(key), SM90, compile_options(key))
-    assert overwritten(machine_code(static).text)
+LOOP = """
+        /*0100*/  LDS.64 R32, [R19+0x6000] ;
+        /*0110*/  PRMT R40, R32, 0x5140, R33 ;
+        /*0120*/  HGMMA.64x16x16.F32.BF16 R24, R36, gdesc[UR12], R24, gsb0 ;
+        /*0130*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0140*/  HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR12], R24, gsb0 ;
+        /*0150*/  @P0 BRA 0x100 ;
+"""
+
+
+def test_a_product_that_runs_on_into_the_next_turn_is_found_out() -> None:
+    """As Triton 3.6 writes it where nothing asks for sums within the loop."""
+    assert overwritten(LOOP) == ["PRMT R40, R32, 0x5140, R33 "]
+    wait = "/*0148*/ WARPGROUP.DEPBAR.LE gsb0, 0x{} ;\n        /*0150*/"
+    assert not overwritten(LOOP.replace("/*0150*/", wait.format(0)))
+    assert overwritten(LOOP.replace("/*0150*/", wait.format(1)))
+    assert overwritten(LOOP.replace("PRMT R40", "LOP3.LUT P1, R41"))
 
 
 def in_integers(target: Target, panels: list[int], m: int, fine: bool, rank: int) -> IntegerKey:

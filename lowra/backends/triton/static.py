@@ -40,12 +40,8 @@ class Static:
 def compile_for(key: Key) -> Static:
     """Compile the kernel of `key` for its target; sizes n and k are taken as multiples of 16, as
     Triton takes them where they are."""
-    return compile_kernel(kernel_of(key), signature_of(key), key.target, compile_options(key))
-
-
-def signature_of(key: Key) -> dict[str, str]:
-    """Types of a kernel's arguments by name, as Triton writes them."""
-    return {name: _type(name, key) for name in arguments(key)}
+    signature = {name: _type(name, key) for name in arguments(key)}
+    return compile_kernel(kernel_of(key), signature, key.target, compile_options(key))
 
 
 def compile_kernel(
