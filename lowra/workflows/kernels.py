@@ -15,6 +15,7 @@ from lowra.backends.triton.launch import product_key, reads_factor
 from lowra.backends.triton.schedule import (
     FEW_TOKENS,
     MOST_FUSED_RANK,
+    MOST_SHRUNK_RANK,
     choose,
     integer_choice,
     values_blocks,
@@ -91,5 +92,5 @@ def _product_keys(
     )  # fmt: skip
     if choice.blocks is None:
         return (ValuesKey(target, weight.key, name, values_blocks()),)
-    waits = tokens <= FEW_TOKENS
+    waits = tokens <= FEW_TOKENS and rank <= MOST_SHRUNK_RANK
     return (product_key(weight, tokens, name, target, rank, bias, waits, choice, of)[0],)

@@ -14,7 +14,13 @@ from lowra.backends.activations import get_activations
 from lowra.backends.reference import linear as reference
 from lowra.backends.triton import integer, launch
 from lowra.backends.triton.keys import TERNARY_ID
-from lowra.backends.triton.schedule import FEW_TOKENS, MOST_FUSED_RANK, UNPACKED, Choice
+from lowra.backends.triton.schedule import (
+    FEW_TOKENS,
+    MOST_FUSED_RANK,
+    MOST_SHRUNK_RANK,
+    UNPACKED,
+    Choice,
+)
 from lowra.backends.triton.service import (
     KernelError,
     explain,
@@ -143,7 +149,7 @@ def _factors(
     a, b, scaling = factors
     of_few = x.shape[0] <= FEW_TOKENS
     b = (b if of_few and launch.reads_factor(b.dtype, target) else b.to(x.dtype)).contiguous()
-    few = of_few and a.shape[0] <= 64 and a.dtype in launch.NAMES
+    few = of_few and a.shape[0] <= MOST_SHRUNK_RANK and a.dtype in launch.NAMES
     if few:
         return (launch.shrink(x, a.contiguous(), target), b, scaling), True
     return (functional.linear(x, a.to(x.dtype)), b, scaling), False

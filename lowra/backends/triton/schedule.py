@@ -24,8 +24,9 @@ SHORTEST_PART = 2
 INTEGER_PART = 2048
 """Columns of such a part in integers: 64 words of one bit."""
 MUCH_SHARED = 160 << 10
-MOST_FUSED_RANK = 128
-"""Factors of a larger rank have no room behind a product of many tokens: torch adds them."""
+MOST_SHRUNK_RANK, MOST_FUSED_RANK = 64, 128
+"""Of A up to the first, few tokens meet a kernel of our own, above torch's; factors of a rank above
+the second have no room behind a product of many tokens: torch adds them."""
 
 
 @dataclass(frozen=True)
