@@ -36,11 +36,10 @@ def set_activations(kind: str) -> None:
     less exact (README, Speed on a CPU, has both). "bfloat16" and "float32" convert. A CPU that
     cannot do the chosen one takes float32, as float32 activations always do.
 
-    On a GPU "int8" and "int16" serve up to 2 tokens, with a scale per 1280 columns of a
-    token, and codebooks of 2 to 4 bits and of trellis codes are rounded as well
-    (docs/decisions/0021); all other
-    activations, and any unless told otherwise, are read in the dtype that they have. A captured
-    CUDA graph keeps what was chosen when it was captured. Raises LowraError for another kind.
+    On a GPU "int8" and "int16" serve up to 2 tokens, with a scale per 1280 columns of a token, and
+    codebooks of 2 to 4 bits and of trellis codes are rounded as well (docs/decisions/0021); all
+    other activations, and any unless told otherwise, are read in the dtype that they have. A
+    captured CUDA graph keeps what was chosen when it was captured. Raises LowraError for another kind.
     """
     global _chosen
     _chosen = _checked(kind)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import lowra  # noqa: F401 - registers backends
-from lowra.backends.triton import build, launch, linear, service, tuning, weight
+from lowra.backends.triton import build, launch, linear, overlap, service, tuning, weight
 from lowra.backends.triton.emit import arguments, emit
 from lowra.backends.triton.keys import (
     Blocks,
@@ -337,3 +337,18 @@ def test_no_part_of_a_sum_is_without_columns() -> None:
         parts = parts_of(programs, 256 * tiles, Blocks(64, 16, 4, 3), 132)
         share = -(-tiles // parts)  # as a kernel reckons
         assert parts == 1 or (parts - 1) * share < tiles and share >= SHORTEST_PART
+
+
+def test_a_kernel_that_starts_early_waits_before_it_stores_sums_and_ends_every_product() -> None:
+    """In a captured graph its sums may lie where what makes h keeps its own; and a product of sm_90
+    that runs on reads registers of the next turn."""
+    panels = weight_key([2, 64, 12, 64], 1024, -1, False, False)
+    for rank, target in itertools.product((0, 16), TARGETS[:2]):
+        blocks = Blocks(64, 16, 4, 3)
+        early = target.overlaps
+        text = emit(LinearKey(target, panels, "bfloat16", blocks, rank, False, True, early))
+        loops, rest = text.split("tl.store(sums")
+        assert (overlap.WAIT in loops) == (overlap.SIGNAL in loops) == early
+        assert overlap.WAIT not in rest and overlap.SIGNAL not in rest
+        products = loops.count("tl.dot(")
+        assert products == 4 and loops.count("settled(tl.dot(") == (products if early else 0)
