@@ -39,7 +39,9 @@ def set_activations(kind: str) -> None:
     On a GPU "int8" and "int16" serve up to 2 tokens, with a scale per 1280 columns of a token, and
     codebooks of 2 to 4 bits and of trellis codes are rounded as well (docs/decisions/0021); all
     other activations, and any unless told otherwise, are read in the dtype that they have. A
-    captured CUDA graph keeps what was chosen when it was captured. Raises LowraError for another kind.
+    captured CUDA graph keeps what was chosen when it was captured.
+
+    Raises LowraError for another kind.
     """
     global _chosen
     _chosen = _checked(kind)
